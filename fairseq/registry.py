@@ -120,7 +120,7 @@ class Registry(Mapping[str, Any]):
         Raises:
             ValueError: no such name; the message lists the known ones, nearest first.
         """
-        if name is None or name not in self:
+        if name is None or (name not in self and name not in self.unsupported):
             known = ", ".join(nearest_first(str(name), self))
             raise ValueError(f"unknown {self.kind} {name!r}; known are {known}")
         return self[name]

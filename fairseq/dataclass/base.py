@@ -15,13 +15,13 @@ from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MISSING", "II", "ChoiceEnum", "FairseqDataclass", "is_interpolated"]
+__all__ = ["II", "MISSING", "ChoiceEnum", "FairseqDataclass", "is_interpolated"]
 
 MISSING = "???"
 """Marks a field that has no default and must be given."""
 
 
-def II(path: str) -> Any:  # noqa: N802 (the name plug-ins know)
+def II(path: str) -> Any:
     """Marks a default that is filled from the flat option of the same name.
 
     `lr: list[float] = II("optimization.lr")` gets no option of its own; it takes the value of
@@ -45,7 +45,7 @@ class StrEnum(str, enum.Enum):
         return str(self.value)
 
 
-def ChoiceEnum(choices: list[str]) -> Any:  # noqa: N802 (the name plug-ins know)
+def ChoiceEnum(choices: list[str]) -> Any:
     """Returns an enum of strings, for the annotation of a field with fixed choices."""
     return StrEnum("Choices", {choice: choice for choice in choices})
 
