@@ -274,10 +274,10 @@ class DatasetConfig(FairseqDataclass):
     fixed_validation_seed: int | None = _option(None, "seed set before each validation")
     disable_validation: bool = _option(False, "do not validate")
     max_tokens_valid: int | None = _option(
-        II("dataset.max_tokens"), "most tokens in a batch of validation data (default: max-tokens)"
+        None, "most tokens in a batch of validation data (default: max-tokens)"
     )
     batch_size_valid: int | None = _option(
-        II("dataset.batch_size"),
+        None,
         "most rows in a batch of validation data (default: batch-size)",
         argparse_alias="--max-sentences-valid",
     )

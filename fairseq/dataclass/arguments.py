@@ -1,0 +1,256 @@
+"""From config dataclasses to command-line options and back.
+
+A dataclass field becomes one option (`tokens_per_sample` -> `--tokens-per-sample`); the flat
+namespace that argparse returns is cut into dataclass instances again by field name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import enum
+import types
+import typing
+from typing import Any, TypeVar
+
+from fairseq.dataclass.base import MISSING, FairseqDataclass, is_interpolated
+
+__all__ = ["CommandParser", "cast", "fill_dataclass", "literal_dict"]
+
+C = TypeVar("C", bound=FairseqDataclass)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that makes options from dataclasses and refuses unsupported ones."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self._unsupported: dict[str, tuple[str, Any, str]] = {}
+
+    def add_dataclass(
+        self, title: str, config: type[FairseqDataclass], *, suppress_defaults: bool = False
+    ) -> None:
+        """Adds a group with one option for each field that is not interpolated.
+
+        A field whose option exists already is passed over: the first definition counts.
+
+        Args:
+            title: heading of the group in `--help`.
+            config: the dataclass.
+            suppress_defaults: leave options that are not given out of the namespace, instead of
+                setting their defaults.
+        """
+        group = self.add_argument_group(title)
+        hints = config.field_types()
+        for field in dataclasses.fields(config):
+            default = config.default_of(field)
+            if field.name == "_name" or is_interpolated(default):
+                continue
+            self._add_field(group, field, hints[field.name], default, suppress_defaults)
+
+    def _add_field(
+        self,
+        group: Any,
+        field: dataclasses.Field[Any],
+        hint: Any,
+        default: Any,
+        suppress_defaults: bool,
+    ) -> None:
+        metadata = field.metadata
+        if field.name == "data":
+            # Positional, and optional for argparse because a settings file may name it too.
+            group.add_argument("data", nargs="?", default=None, help=metadata.get("help"))
+            return
+        names = ["--" + field.name.replace("_", "-")]
+        if alias := metadata.get("argparse_alias"):
+            names.append(alias)
+        if names[0] in self._option_string_actions:
+            return
+        names = [name for name in names if name not in self._option_string_actions]
+        keywords: dict[str, Any] = {"dest": field.name, "help": metadata.get("help")}
+        if default is MISSING or default == MISSING:
+            keywords["required"] = not suppress_defaults
+            default = None
+        keywords["default"] = argparse.SUPPRESS if suppress_defaults else default
+        kind, element = _kind_of(hint)
+        choices = metadata.get("choices") or _enum_values(kind)
+        if kind is bool:
+            keywords["action"] = "store_false" if default is True else "store_true"
+        else:
+            keywords["metavar"] = _metavar(field.name, kind, choices)
+            if choices:
+                keywords["choices"] = list(choices)
+            if kind is list:
+                keywords["type"] = _list_parser(element, names[0])
+            elif kind in (int, float):
+                keywords["type"] = kind
+            if "argparse_const" in metadata:
+                keywords.update(nargs="?", const=metadata["argparse_const"])
+        if reason := metadata.get("unsupported"):
+            keywords["help"] = argparse.SUPPRESS
+            self._unsupported[field.name] = (names[0], default, reason)
+        if isinstance(keywords["help"], str):
+            keywords["help"] = keywords["help"].replace("%", "%%")
+        group.add_argument(*names, **keywords)
+
+    def add_unsupported(self, flag: str, reason: str) -> None:
+        """Adds a flag that is recognised and refused."""
+        dest = flag.lstrip("-").replace("-", "_")
+        self.add_argument(flag, dest=dest, nargs="?", const=True, help=argparse.SUPPRESS)
+        self._unsupported[dest] = (flag, None, reason)
+
+    def refuse_unsupported(self, args: argparse.Namespace) -> None:
+        """Ends the command with exit 2 if an unsupported option has another value than its default.
+
+        Options that do not exist in this project are refused like this, never ignored.
+        """
+        for dest, (flag, default, reason) in self._unsupported.items():
+            value = getattr(args, dest, default)
+            if value != default and value is not None:
+                self.error(f"{flag} is not supported: {reason}")
+
+    def known_flags(self) -> list[str]:
+        """Returns every option string of this parser."""
+        return list(self._option_string_actions)
+
+
+def _kind_of(hint: Any) -> tuple[Any, Any]:
+    """Returns (type, element type) of an annotation; None | X counts as X, a tuple as a list."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next((a for a in typing.get_args(hint) if a is not type(None)), Any)
+    if typing.get_origin(hint) in (list, tuple) or hint in (list, tuple):
+        arguments = typing.get_args(hint)
+        return list, arguments[0] if arguments else Any
+    return hint, None
+
+
+def _is_optional(hint: Any) -> bool:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return hint is Any or (is_union and type(None) in typing.get_args(hint))
+
+
+def _enum_values(kind: Any) -> list[str] | None:
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return [str(member.value) for member in kind]
+    return None
+
+
+def _metavar(name: str, kind: Any, choices: Any) -> str:
+    if choices:
+        return "{" + ",".join(str(choice) for choice in choices) + "}"
+    if kind in (int, float):
+        return "N" if kind is int else "X"
+    return name.rsplit("_", 1)[-1].upper()
+
+
+def _list_parser(element: Any, flag: str) -> Any:
+    def parse(text: str) -> list[Any]:
+        try:
+            return _cast_list(text, element, flag)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def cast(value: Any, hint: Any, flag: str) -> Any:
+    """Converts a value from text, YAML or an old checkpoint to an annotated type.
+
+    Raises:
+        ValueError: the value does not fit; the message names `flag`.
+    """
+    if value is None or hint is Any:
+        return value
+    kind, element = _kind_of(hint)
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if kind is list:
+        return _cast_list(value, element, flag)
+    if kind is bool:
+        return _cast_bool(value, flag)
+    if kind in (int, float):
+        return _cast_number(value, kind, flag)
+    if kind is str and not isinstance(value, str):
+        return str(value)
+    return value
+
+
+def _cast_number(value: Any, kind: Any, flag: str) -> Any:
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{flag}: {value!r} is not a number") from None
+    if isinstance(value, (bool, int, float)) and (kind is float or value == int(value)):
+        return kind(value)
+    raise ValueError(f"{flag}: {value!r} is not {'a whole' if kind is int else 'a'} number")
+
+
+def _cast_bool(value: Any, flag: str) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "1", "yes", "false", "0", "no", ""):
+        return value.lower() in ("true", "1", "yes")
+    if isinstance(value, (bool, int)):
+        return bool(value)
+    raise ValueError(f"{flag}: {value!r} is neither true nor false")
+
+
+def _cast_list(value: Any, element: Any, flag: str) -> list[Any]:
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = ast.literal_eval(text) if text else []
+        except (ValueError, SyntaxError):
+            if element is not str:
+                raise ValueError(
+                    f"{flag}: {text!r} is not a number or a list of numbers such as 0.1,0.2"
+                ) from None
+            value = [part.strip() for part in text.split(",")]
+    if not isinstance(value, (list, tuple)):
+        value = [value]
+    return [cast(item, element, flag) for item in value]
+
+
+def fill_dataclass(config: type[C], values: Any, *, name: str | None = None) -> C:
+    """Builds a config dataclass from the attributes of a flat namespace.
+
+    Args:
+        config: the dataclass.
+        values: an object with attributes, usually an `argparse.Namespace`; a field it lacks takes
+            the field's default, an interpolated one None.
+        name: the registered name the section was chosen by.
+
+    Raises:
+        ValueError: a value does not fit its field.
+    """
+    hints = config.field_types()
+    filled: dict[str, Any] = {"_name": name}
+    for field in dataclasses.fields(config):
+        if field.name == "_name":
+            continue
+        default = config.default_of(field)
+        if is_interpolated(default) or (isinstance(default, str) and default == MISSING):
+            default = None
+        value = getattr(values, field.name, default)
+        if is_interpolated(value) or (value is None and not _is_optional(hints[field.name])):
+            value = default
+        flag = "--" + field.name.replace("_", "-")
+        filled[field.name] = cast(value, hints[field.name], flag)
+    return config(**filled)
+
+
+def literal_dict(text: str | dict[str, Any] | None, flag: str) -> dict[str, Any]:
+    """Reads a Python dictionary literal, such as the value of `--model-overrides`.
+
+    Raises:
+        ValueError: the text is no dictionary literal; nothing in it is ever evaluated.
+    """
+    if text is None or isinstance(text, dict):
+        return text or {}
+    try:
+        value = ast.literal_eval(text.strip() or "{}")
+    except (ValueError, SyntaxError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{flag}: {text!r} is not a dictionary such as \"{{'dropout': 0.1}}\"")
+    return value
