@@ -1,0 +1,68 @@
+"""How a command ends: exit codes and messages.
+
+0 on success, 2 for a wrong command line, 130 after ctrl-C, 1 for everything else. What a user can
+cause (a missing file, a value that does not fit) ends in one line; what only a defect can cause
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["run_command"]
+
+_OURS = Path(__file__).resolve().parent.parent
+_RAISED_FOR_USERS = (ValueError, TypeError, FloatingPointError, ImportError, RuntimeError)
+
+
+def _is_for_the_user(error: BaseException) -> bool:
+    """Tells whether an error's own text is all that a user needs.
+
+    Errors of the operating system are; others are if code of this project raised them on purpose,
+    that is, if the innermost frame is ours and stands at a `raise`.
+    """
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, _RAISED_FOR_USERS):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return False
+    innermost = frames[-1]
+    is_ours = any(
+        _OURS / package in Path(innermost.filename).resolve().parents
+        for package in ("fairseq", "fairseq_cli")
+    )
+    return is_ours and (innermost.line or "").lstrip().startswith("raise")
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Runs a command's main function and ends the process with the right code and message.
+
+    `LOGLEVEL=DEBUG` in the environment shows the traceback of every error.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        _leave(130)
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`); nothing is left to be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(1)
+    except Exception as error:
+        if not _is_for_the_user(error) or os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        _leave(1)
+
+
+def _leave(code: int) -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.exit(code)
