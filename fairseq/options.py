@@ -1,0 +1,339 @@
+"""What each command accepts.
+
+A parser starts with the groups every command of its kind has; `parse_args_and_arch` then adds the
+options of the task, the architecture and the other components that the command line names, parses
+once more and strictly, and applies the architecture's preset to what was not given.
+Priority, low to high: dataclass default, preset, settings file (`--config`), command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from fairseq.dataclass.arguments import CommandParser
+from fairseq.dataclass.base import FairseqDataclass
+from fairseq.dataclass.configs import (
+    CheckpointConfig,
+    CommonConfig,
+    CommonEvalConfig,
+    DatasetConfig,
+    DistributedTrainingConfig,
+    EMAConfig,
+    EvalLMConfig,
+    OptimizationConfig,
+)
+from fairseq.dataclass.settings_file import check_names, expand_config
+from fairseq.registry import (
+    ARCHITECTURES,
+    COMPONENT_REGISTRIES,
+    MODELS,
+    TASKS,
+    Registry,
+    nearest_first,
+)
+
+__all__ = [
+    "get_eval_lm_parser",
+    "get_parser",
+    "get_preprocessing_parser",
+    "get_training_parser",
+    "get_validation_parser",
+    "parse_args",
+    "parse_args_and_arch",
+]
+
+
+class _Choices:
+    """The names of a registry as argparse's choices, plug-ins included as they are imported."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._registry or name in self._registry.unsupported
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._registry)
+
+
+def get_parser(description: str, default_task: str | None = "translation") -> CommandParser:
+    """Returns a parser with the options that every command has."""
+    parser = CommandParser(description=description)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with options; the command line wins over it"
+    )
+    parser.add_dataclass("common", CommonConfig)
+    selectors = parser.add_argument_group("components")
+    for name, registry in COMPONENT_REGISTRIES.items():
+        _add_selector(selectors, name, registry, registry.default)
+    _add_selector(selectors, "task", TASKS, default_task)
+    return parser
+
+
+def _add_selector(group: Any, name: str, registry: Registry, default: str | None) -> None:
+    flag = "--" + name.replace("_", "-")
+    group.add_argument(
+        flag,
+        default=default,
+        choices=_Choices(registry),
+        metavar="NAME",
+        help=", ".join(registry) or argparse.SUPPRESS,
+    )
+
+
+def _visible_gpus() -> int:
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
+def _add_distributed(parser: CommandParser, world_size: int) -> None:
+    parser.add_dataclass("distributed training", DistributedTrainingConfig)
+    parser.set_defaults(distributed_world_size=world_size, nprocs_per_node=max(1, _visible_gpus()))
+    if os.environ.get("LOCAL_RANK", "").isdigit():
+        parser.set_defaults(device_id=int(os.environ["LOCAL_RANK"]))
+
+
+def get_preprocessing_parser(default_task: str | None = "translation") -> CommandParser:
+    """Returns the parser of fairseq-preprocess, without loading torch."""
+    parser = get_parser("Make a dictionary and binarize text.", default_task)
+    group = parser.add_argument_group("preprocessing")
+    add = group.add_argument
+    add("-s", "--source-lang", metavar="SRC", help="source language (suffix of the files)")
+    add("-t", "--target-lang", metavar="TARGET", help="target language (suffix of the files)")
+    add("--trainpref", metavar="FP", help="training text (without the language suffix)")
+    add("--validpref", metavar="FP", help="validation texts, separated by commas")
+    add("--testpref", metavar="FP", help="test texts, separated by commas")
+    add("--align-suffix", metavar="FP", help="suffix of alignment files")
+    add("--destdir", metavar="DIR", default="data-bin", help="folder for the output")
+    add("--thresholdtgt", metavar="N", default=0, type=int, help="rarer target words are unknown")
+    add("--thresholdsrc", metavar="N", default=0, type=int, help="rarer source words are unknown")
+    add("--tgtdict", metavar="FP", help="target dictionary to use instead of making one")
+    add("--srcdict", metavar="FP", help="source dictionary to use instead of making one")
+    add("--nwordstgt", metavar="N", default=-1, type=int, help="most target words to keep")
+    add("--nwordssrc", metavar="N", default=-1, type=int, help="most source words to keep")
+    add("--alignfile", metavar="ALIGN", help="alignments, for a dictionary of translations")
+    add(
+        "--dataset-impl",
+        metavar="FORMAT",
+        default="mmap",
+        choices=["raw", "lazy", "cached", "mmap", "fasta"],
+        help="format of the output: mmap, cached, lazy or raw",
+    )
+    add("--joined-dictionary", action="store_true", help="one dictionary for both languages")
+    add("--only-source", action="store_true", help="only the source side, as for language models")
+    add("--padding-factor", metavar="N", default=8, type=int, help="pad the dictionary's size")
+    add("--workers", metavar="N", default=1, type=int, help="number of processes")
+    add("--dict-only", action="store_true", help="make the dictionary and stop")
+    return parser
+
+
+def get_training_parser(default_task: str | None = "translation") -> CommandParser:
+    """Returns the parser of fairseq-train."""
+    parser = get_parser("Train a model.", default_task)
+    parser.add_dataclass("dataset and batches", DatasetConfig)
+    _add_distributed(parser, max(1, _visible_gpus()))
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "-a",
+        "--arch",
+        choices=_Choices(ARCHITECTURES),
+        metavar="ARCH",
+        help="architecture: " + ", ".join(ARCHITECTURES),
+    )
+    parser.add_dataclass("optimization", OptimizationConfig)
+    parser.add_dataclass("checkpoints", CheckpointConfig)
+    parser.add_dataclass("moving average", EMAConfig)
+    return parser
+
+
+def _evaluation_parser(description: str, default_task: str | None) -> CommandParser:
+    parser = get_parser(description, default_task)
+    parser.add_dataclass("dataset and batches", DatasetConfig)
+    _add_distributed(parser, 1)
+    parser.add_dataclass("evaluation", CommonEvalConfig)
+    return parser
+
+
+def get_eval_lm_parser(default_task: str | None = "language_modeling") -> CommandParser:
+    """Returns the parser of fairseq-eval-lm."""
+    parser = _evaluation_parser("Evaluate a language model's perplexity.", default_task)
+    parser.add_dataclass("language model evaluation", EvalLMConfig)
+    return parser
+
+
+def get_validation_parser(default_task: str | None = "language_modeling") -> CommandParser:
+    """Returns the parser of fairseq-validate."""
+    return _evaluation_parser("Validate a checkpoint as training does.", default_task)
+
+
+def parse_args(
+    parser: CommandParser,
+    input_args: Sequence[str] | None = None,
+    *,
+    complete: Callable[[argparse.Namespace, bool], None] | None = None,
+    parse_known: bool = False,
+) -> Any:
+    """Parses a command line: settings file, plug-ins, options, refusal of the unsupported.
+
+    Args:
+        parser: the command's parser.
+        input_args: the arguments; None takes those of the process.
+        complete: called with a first, lenient parse and whether it may fail, to add options.
+        parse_known: return (namespace, unknown arguments) instead of failing on the latter.
+    """
+    from fairseq.utils import import_user_module
+
+    argv = [_spelled_as_before(a) for a in (sys.argv[1:] if input_args is None else input_args)]
+    try:
+        argv, settings, path = expand_config(argv)
+        plug_ins = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        plug_ins.add_argument("--user-dir", default=None)
+        import_user_module(plug_ins.parse_known_args(argv)[0])
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    if complete is not None:
+        complete(_lenient(parser, argv), True)
+    if path is not None:
+        check_names(parser, settings, path)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and not parse_known:
+        parser.error(_unrecognized(parser, unknown))
+    if getattr(args, "data", "") is None:
+        args.data = settings.get("data")
+    args.config = path
+    parser.refuse_unsupported(args)
+    _refuse_unsupported_names(parser, args)
+    return (args, unknown) if parse_known else args
+
+
+def _spelled_as_before(argument: str) -> str:
+    """Maps the spelling of newer torch launchers to the one older ones used."""
+    if argument == "--local-rank" or argument.startswith("--local-rank="):
+        return argument.replace("--local-rank", "--local_rank", 1)
+    return argument
+
+
+def _lenient(parser: CommandParser, argv: list[str]) -> argparse.Namespace:
+    """Parses what is known so far; `--help` must wait until all options are there."""
+    return parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+
+
+def _unrecognized(parser: CommandParser, unknown: list[str]) -> str:
+    hints = []
+    for argument in unknown:
+        if argument.startswith("--"):
+            flag = argument.split("=")[0]
+            near = nearest_first(flag, parser.known_flags())[:3]
+            hints.append(f"{flag} (did you mean one of {', '.join(near)}?)")
+    tail = "; " + "; ".join(hints) if hints else ""
+    return f"unrecognized arguments: {' '.join(unknown)}{tail}"
+
+
+def _refuse_unsupported_names(parser: CommandParser, args: argparse.Namespace) -> None:
+    for name, registry in {**COMPONENT_REGISTRIES, "task": TASKS, "arch": ARCHITECTURES}.items():
+        chosen = getattr(args, name, None)
+        if chosen in registry.unsupported and chosen != registry.default:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} {chosen} is not supported: {registry.unsupported[chosen]}")
+
+
+def parse_args_and_arch(
+    parser: CommandParser,
+    input_args: Sequence[str] | None = None,
+    parse_known: bool = False,
+    suppress_defaults: bool = False,
+    modify_parser: Callable[[CommandParser], None] | None = None,
+) -> Any:
+    """Parses a command line with the options of the components it names.
+
+    Args:
+        parser: one of the parsers above.
+        input_args: the arguments; None takes those of the process.
+        parse_known: return (namespace, unknown arguments) instead of failing on the latter.
+        suppress_defaults: return only what was given explicitly.
+        modify_parser: a last chance to add options.
+
+    Returns:
+        The flat namespace; with an `--arch`, its preset has filled what was not given.
+    """
+    wants_arch = "--arch" in parser.known_flags()
+
+    def complete(first: argparse.Namespace, may_fail: bool) -> None:
+        if wants_arch and first.arch is None and "-h" not in sys.argv and "--help" not in sys.argv:
+            parser.error(f"--arch is needed; it is one of {', '.join(ARCHITECTURES)}")
+        _refuse_unsupported_names(parser, first)
+        _add_component_options(parser, first)
+        if modify_parser is not None:
+            modify_parser(parser)
+
+    parsed = parse_args(parser, input_args, complete=complete, parse_known=parse_known)
+    args, unknown = parsed if parse_known else (parsed, [])
+    if suppress_defaults:
+        args = _explicit_only(parser, input_args)
+        return (args, unknown) if parse_known else args
+    if hasattr(args, "data") and args.data is None:
+        parser.error("the following arguments are required: data")
+    _post_process(args)
+    if wants_arch and args.arch is not None:
+        ARCHITECTURES.preset_of(args.arch)(args)
+    return (args, unknown) if parse_known else args
+
+
+def _add_component_options(parser: CommandParser, args: argparse.Namespace) -> None:
+    arch = getattr(args, "arch", None)
+    if arch is not None:
+        model = ARCHITECTURES.model_of(arch)
+        _add_options_of(parser, "model " + model, MODELS[model], MODELS.dataclass_of(model), True)
+    if args.task in TASKS:
+        cls = TASKS.dataclass_of(args.task)
+        _add_options_of(parser, "task " + args.task, TASKS[args.task], cls)
+    for name, registry in COMPONENT_REGISTRIES.items():
+        chosen = getattr(args, name, None)
+        if chosen is not None and chosen in registry:
+            title = f"{name} {chosen}"
+            _add_options_of(parser, title, registry[chosen], registry.dataclass_of(chosen))
+
+
+def _add_options_of(
+    parser: CommandParser,
+    title: str,
+    component: Any,
+    config: type[FairseqDataclass] | None,
+    suppress_defaults: bool = False,
+) -> None:
+    """Adds a component's options: those of its dataclass, or those its `add_args` makes."""
+    if config is not None:
+        parser.add_dataclass(title, config, suppress_defaults=suppress_defaults)
+    elif hasattr(component, "add_args"):
+        argument_default = argparse.SUPPRESS if suppress_defaults else None
+        group = parser.add_argument_group(title, argument_default=argument_default)
+        group.conflict_handler = "resolve"
+        component.add_args(group)
+
+
+def _explicit_only(parser: CommandParser, input_args: Sequence[str] | None) -> argparse.Namespace:
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser._defaults.clear()
+    argv = expand_config([_spelled_as_before(a) for a in (input_args or sys.argv[1:])])[0]
+    return parser.parse_known_args(argv)[0]
+
+
+def _post_process(args: argparse.Namespace) -> None:
+    """Fills the settings that follow from others."""
+    if getattr(args, "batch_size_valid", "") is None:
+        args.batch_size_valid = args.batch_size
+    if getattr(args, "max_tokens_valid", "") is None:
+        args.max_tokens_valid = args.max_tokens
+    if getattr(args, "memory_efficient_fp16", False):
+        args.fp16 = True
+    if getattr(args, "memory_efficient_bf16", False):
+        args.bf16 = True
+    if getattr(args, "fp16", False) and getattr(args, "bf16", False):
+        raise SystemExit("--fp16 and --bf16 exclude each other; choose one")
+    args.no_seed_provided = False

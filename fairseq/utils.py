@@ -1,0 +1,191 @@
+"""Small helpers that several rooms share. Importing this module loads no torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "apply_to_sample",
+    "eval_mode",
+    "get_perplexity",
+    "import_user_module",
+    "item",
+    "log_softmax",
+    "move_to_cpu",
+    "move_to_cuda",
+    "resolve_max_positions",
+    "set_torch_seed",
+    "softmax",
+    "strip_pad",
+]
+
+
+def apply_to_sample(function: Callable[[Any], Any], sample: Any) -> Any:
+    """Applies a function to every tensor in nested dictionaries, lists, tuples and sets."""
+    import torch
+
+    if torch.is_tensor(sample):
+        return function(sample)
+    if isinstance(sample, dict):
+        return type(sample)((key, apply_to_sample(function, v)) for key, v in sample.items())
+    if isinstance(sample, (list, tuple, set)):
+        return type(sample)(apply_to_sample(function, v) for v in sample)
+    return sample
+
+
+def move_to_cuda(sample: Any, device: Any = None) -> Any:
+    """Moves the tensors of a batch to a GPU (the current one) without waiting for the copies."""
+    import torch
+
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    return apply_to_sample(lambda tensor: tensor.to(device=device, non_blocking=True), sample)
+
+
+def move_to_cpu(sample: Any) -> Any:
+    """Moves the tensors of a batch to the CPU, half precision ones as float32."""
+    import torch
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+        return tensor.to(device="cpu", dtype=torch.float32 if is_half else None)
+
+    return apply_to_sample(move, sample)
+
+
+def item(value: Any) -> Any:
+    """Returns the number in a one-element tensor; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def get_perplexity(loss: Any, round: int | None = 2, base: int = 2) -> float:
+    """Returns base ** loss, rounded; infinity where that overflows, 0 for None.
+
+    Args:
+        loss: mean loss per token, in bits for base 2.
+        round: digits after the point; None does not round.
+        base: 2 for a loss in bits.
+    """
+    import builtins
+
+    if loss is None:
+        return 0.0
+    try:
+        perplexity = float(base) ** float(loss)
+    except OverflowError:
+        return math.inf
+    if round is None or not math.isfinite(perplexity):
+        return perplexity
+    return builtins.round(perplexity, round)
+
+
+def set_torch_seed(seed: int) -> None:
+    """Seeds torch's generators, on the CPU and on every GPU."""
+    import torch
+
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be a whole number, not {seed!r}")
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
+def log_softmax(x: torch.Tensor, dim: int, onnx_trace: bool = False) -> torch.Tensor:
+    """Returns log softmax in float32."""
+    import torch
+
+    return torch.log_softmax(x, dim=dim, dtype=torch.float32)
+
+
+def softmax(x: torch.Tensor, dim: int, onnx_trace: bool = False) -> torch.Tensor:
+    """Returns softmax in float32."""
+    import torch
+
+    return torch.softmax(x, dim=dim, dtype=torch.float32)
+
+
+def get_activation_fn(activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the activation function of that name: relu, gelu, gelu_fast, gelu_accurate, tanh,
+    linear."""
+    from fairseq.modules import basic
+
+    return basic.get_activation_fn(activation)
+
+
+def clip_grad_norm_(params: Any, max_norm: float, aggregate_norm_fn: Any = None) -> torch.Tensor:
+    """Clips gradients in place; returns their norm before that."""
+    from fairseq.optim.grad_norm import clip_grad_norm_ as clip
+
+    return clip(params, max_norm, aggregate_norm_fn)
+
+
+def strip_pad(tensor: torch.Tensor, pad: int) -> torch.Tensor:
+    """Returns the elements of a vector of token ids that are not padding."""
+    return tensor[tensor.ne(pad)]
+
+
+def resolve_max_positions(*limits: int | None) -> int | None:
+    """Returns the smallest of the limits that are set, None if none is."""
+    given = [limit for limit in limits if limit is not None]
+    return min(given) if given else None
+
+
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Switches a model to evaluation mode and back to what it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def import_user_module(args: argparse.Namespace | Any) -> None:
+    """Imports the plug-in folder that `args.user_dir` names, once.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ImportError: a module of that name is imported already from elsewhere.
+    """
+    user_dir = getattr(args, "user_dir", None)
+    if user_dir is None:
+        return
+    given = Path(user_dir)
+    package = Path(__file__).resolve().parent
+    candidates = [given.absolute(), package / given, package.parent / given]
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    if path is None:
+        tried = ", ".join(str(candidate) for candidate in candidates)
+        raise FileNotFoundError(f"--user-dir: there is no {user_dir} (looked for {tried})")
+    path = path.resolve()
+    name = path.stem
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        if _origin(loaded) in (path, path.with_suffix(".py"), path / "__init__.py"):
+            return
+        raise ImportError(
+            f"--user-dir: cannot import {path}, a module {name!r} is loaded already; rename the "
+            "folder, its name must be unique"
+        )
+    sys.path.insert(0, str(path.parent))
+    importlib.import_module(name)
+    for folder in ("tasks", "models"):
+        if (path / folder / "__init__.py").exists():
+            importlib.import_module(f"{name}.{folder}")
+
+
+def _origin(module: Any) -> Path | None:
+    if getattr(module, "__file__", None):
+        return Path(module.__file__).resolve()
+    locations = list(getattr(module, "__path__", []))
+    return Path(locations[0]).resolve() if locations else None
