@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fairseq.dataclass.arguments import CommandParser
@@ -47,17 +47,16 @@ __all__ = [
 ]
 
 
-class _Choices:
-    """The names of a registry as argparse's choices, plug-ins included as they are imported."""
+def _name_in(registry: Registry) -> Callable[[str], str]:
+    """Returns argparse's check of a component name; plug-ins count as soon as they are imported."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def check(name: str) -> str:
+        if name in registry or name in registry.unsupported:
+            return name
+        known = ", ".join(nearest_first(name, registry))
+        raise argparse.ArgumentTypeError(f"unknown {registry.kind} {name!r}; known are {known}")
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._registry or name in self._registry.unsupported
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._registry)
+    return check
 
 
 def get_parser(description: str, default_task: str | None = "translation") -> CommandParser:
@@ -79,7 +78,7 @@ def _add_selector(group: Any, name: str, registry: Registry, default: str | None
     group.add_argument(
         flag,
         default=default,
-        choices=_Choices(registry),
+        type=_name_in(registry),
         metavar="NAME",
         help=", ".join(registry) or argparse.SUPPRESS,
     )
@@ -141,7 +140,7 @@ def get_training_parser(default_task: str | None = "translation") -> CommandPars
     model.add_argument(
         "-a",
         "--arch",
-        choices=_Choices(ARCHITECTURES),
+        type=_name_in(ARCHITECTURES),
         metavar="ARCH",
         help="architecture: " + ", ".join(ARCHITECTURES),
     )

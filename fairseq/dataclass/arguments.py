@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from fairseq.dataclass.base import MISSING, FairseqDataclass, is_interpolated
 
@@ -27,6 +27,11 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
         self._unsupported: dict[str, tuple[str, Any, str]] = {}
+        self._unsupported_values: dict[str, tuple[str, dict[str, str]]] = {}
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with exit 2 and one message, without a page of options before it."""
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the options.\n")
 
     def add_dataclass(
         self, title: str, config: type[FairseqDataclass], *, suppress_defaults: bool = False
@@ -90,15 +95,11 @@ class CommandParser(argparse.ArgumentParser):
         if reason := metadata.get("unsupported"):
             keywords["help"] = argparse.SUPPRESS
             self._unsupported[field.name] = (names[0], default, reason)
-        if isinstance(keywords["help"], str):
-            keywords["help"] = keywords["help"].replace("%", "%%")
+        if values := metadata.get("unsupported_values"):
+            self._unsupported_values[field.name] = (names[0], values)
+        if keywords["help"] is not argparse.SUPPRESS:
+            keywords["help"] = _help_text(keywords["help"], default)
         group.add_argument(*names, **keywords)
-
-    def add_unsupported(self, flag: str, reason: str) -> None:
-        """Adds a flag that is recognised and refused."""
-        dest = flag.lstrip("-").replace("-", "_")
-        self.add_argument(flag, dest=dest, nargs="?", const=True, help=argparse.SUPPRESS)
-        self._unsupported[dest] = (flag, None, reason)
 
     def refuse_unsupported(self, args: argparse.Namespace) -> None:
         """Ends the command with exit 2 if an unsupported option has another value than its default.
@@ -109,6 +110,10 @@ class CommandParser(argparse.ArgumentParser):
             value = getattr(args, dest, default)
             if value != default and value is not None:
                 self.error(f"{flag} is not supported: {reason}")
+        for dest, (flag, values) in self._unsupported_values.items():
+            value = getattr(args, dest, None)
+            if value in values:
+                self.error(f"{flag} {value} is not supported: {values[value]}")
 
     def known_flags(self) -> list[str]:
         """Returns every option string of this parser."""
@@ -142,6 +147,15 @@ def _metavar(name: str, kind: Any, choices: Any) -> str:
     if kind in (int, float):
         return "N" if kind is int else "X"
     return name.rsplit("_", 1)[-1].upper()
+
+
+def _help_text(text: str | None, default: Any) -> str | None:
+    """Returns the text for `--help`, with the default where there is one to speak of."""
+    if text is None:
+        return None
+    if default not in (None, False, True, "", [], MISSING) and "default" not in text:
+        text += f" (default: {default})"
+    return text.replace("%", "%%")
 
 
 def _list_parser(element: Any, flag: str) -> Any:

@@ -175,6 +175,7 @@ class DistributedTrainingConfig(FairseqDataclass):
             "pytorch_ddp",
             "slow_mo",
         ],
+        unsupported_values={"slow_mo": "use legacy_ddp, c10d or fully_sharded"},
     )
     bucket_cap_mb: int = _option(25, "MiB of a bucket of gradients (c10d)")
     fix_batches_to_gpus: bool = _option(
@@ -264,6 +265,7 @@ class DatasetConfig(FairseqDataclass):
         None,
         "format of the binarized data",
         choices=["raw", "lazy", "cached", "mmap", "fasta"],
+        unsupported_values={"fasta": "FASTA holds biological sequences, not token ids"},
     )
     data_buffer_size: int = _option(10, "batches loaded ahead")
     train_subset: str = _option("train", "split to train on")

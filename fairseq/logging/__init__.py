@@ -1,0 +1,1 @@
+"""Meters, metrics and the lines that show progress. Nothing here loads torch."""
