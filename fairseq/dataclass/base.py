@@ -2,8 +2,8 @@
 
 A field's metadata: `help`; `choices` (list of str); `argparse_alias` (a second option name);
 `argparse_const` (the value of the option given bare); `unsupported` (a reason: any value but the
-default ends the command with exit 2); `unsupported_values` (value -> reason); `extension` (True: a field the original does not have, which
-is kept out of a checkpoint's `cfg`).
+default ends the command with exit 2); `unsupported_values` (value -> reason, likewise);
+`extension` (True: a field the original does not have, which is kept out of a checkpoint's `cfg`).
 """
 
 from __future__ import annotations
