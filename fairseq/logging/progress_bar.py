@@ -140,7 +140,11 @@ class BaseProgressBar:
 
     def __iter__(self) -> Iterator[Any]:
         self.size = len(self.iterable)
-        for self.i, batch in enumerate(self.iterable, start=getattr(self.iterable, "n", 0)):
+        yield from self._counted(self.iterable)
+
+    def _counted(self, batches: Any) -> Iterator[Any]:
+        for i, batch in enumerate(batches, start=getattr(self.iterable, "n", 0)):
+            self.i = i
             yield batch
 
     def log(
@@ -227,8 +231,7 @@ class TqdmProgressBar(SimpleProgressBar):
 
     def __iter__(self) -> Iterator[Any]:
         self.size = len(self.iterable)
-        for self.i, batch in enumerate(self.tqdm, start=getattr(self.iterable, "n", 0)):
-            yield batch
+        yield from self._counted(self.tqdm)
 
     def log(
         self, stats: Mapping[str, Any], tag: str | None = None, step: int | None = None
