@@ -277,7 +277,7 @@ def parse_args_and_arch(
         return (args, unknown) if parse_known else args
     if hasattr(args, "data") and args.data is None:
         parser.error("the following arguments are required: data")
-    _post_process(args)
+    _post_process(parser, args)
     if wants_arch and args.arch is not None:
         ARCHITECTURES.preset_of(args.arch)(args)
     return (args, unknown) if parse_known else args
@@ -323,7 +323,7 @@ def _explicit_only(parser: CommandParser, input_args: Sequence[str] | None) -> a
     return parser.parse_known_args(argv)[0]
 
 
-def _post_process(args: argparse.Namespace) -> None:
+def _post_process(parser: CommandParser, args: argparse.Namespace) -> None:
     """Fills the settings that follow from others."""
     if getattr(args, "batch_size_valid", "") is None:
         args.batch_size_valid = args.batch_size
@@ -334,5 +334,5 @@ def _post_process(args: argparse.Namespace) -> None:
     if getattr(args, "memory_efficient_bf16", False):
         args.bf16 = True
     if getattr(args, "fp16", False) and getattr(args, "bf16", False):
-        raise SystemExit("--fp16 and --bf16 exclude each other; choose one")
+        parser.error("--fp16 and --bf16 exclude each other; choose one")
     args.no_seed_provided = False

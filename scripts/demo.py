@@ -75,9 +75,10 @@ def write_python_text(folder: Path, most_tokens: int) -> list[Path]:
     return [folder / f"{split}.txt" for split in ("train", "valid", "test")]
 
 
-def run(argv: list[str], *, quiet: bool = False) -> str:
+def run(command: str, *, quiet: bool = False) -> str:
     """Runs one of the project's commands, showing it and its output; returns what it printed."""
-    print(f"\n$ {shlex.join(argv)}", flush=True)
+    print(f"\n$ {command}", flush=True)
+    argv = shlex.split(command)
     module = argv[0].replace("fairseq-", "fairseq_cli.").replace("-", "_")
     program = [sys.executable, "-c", f"from {module} import cli_main; cli_main()", *argv[1:]]
     printed = []
@@ -118,10 +119,10 @@ def prepare(options: argparse.Namespace, folder: Path) -> Path:
         for path in data.iterdir():
             if path.name in known or path.suffix in (".bin", ".idx"):
                 path.unlink()
-    train, valid, test = (str(path) for path in texts)
+    train, valid, test = (shlex.quote(str(path)) for path in texts)
     run(
-        ["fairseq-preprocess", "--only-source", "--trainpref", train, "--validpref", valid]
-        + ["--testpref", test, "--destdir", str(data), "--thresholdsrc", "3", "--workers", "2"]
+        f"fairseq-preprocess --only-source --trainpref {train} --validpref {valid} "
+        f"--testpref {test} --destdir {shlex.quote(str(data))} --thresholdsrc 3 --workers 2"
     )
     stamp.write_text(json.dumps(identity))
     return data
@@ -139,21 +140,20 @@ def train(options: argparse.Namespace, data: Path, folder: Path) -> Path:
     num_words = sum(1 for _ in (data / "dict.txt").open(encoding="utf-8")) + 4
     cutoffs = f"{num_words // 8},{num_words // 2}"
     run(
-        ["fairseq-train", "--task", "language_modeling", str(data), "--save-dir", str(checkpoints)]
-        + ["--arch", "transformer_lm_wiki103", "--decoder-layers", "4", "--decoder-embed-dim"]
-        + ["128", "--decoder-ffn-embed-dim", "512", "--decoder-attention-heads", "8"]
-        + ["--adaptive-input-cutoff", cutoffs, "--adaptive-softmax-cutoff", cutoffs]
-        + ["--dropout", "0.1", "--attention-dropout", "0", "--activation-dropout", "0"]
-        + ["--adaptive-softmax-dropout", "0", "--criterion", "adaptive_loss"]
-        + ["--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1.0"]
-        + ["--lr", "0.002", "--lr-scheduler", "polynomial_decay"]
-        + ["--warmup-updates", str(options.updates // 10)]
-        + ["--total-num-update", str(options.updates), "--max-update", str(options.updates)]
-        + ["--tokens-per-sample", str(options.length), "--max-tokens", "2048"]
-        + ["--required-batch-size-multiple", "1", "--sample-break-mode", "none"]
-        + ["--no-epoch-checkpoints", "--save-interval-updates", "200"]
-        + ["--keep-interval-updates", "1", "--validate-interval-updates", "200"]
-        + ["--log-format", "simple", "--log-interval", "50", "--ddp-backend", "legacy_ddp"]
+        f"fairseq-train --task language_modeling {shlex.quote(str(data))} "
+        f"--save-dir {shlex.quote(str(checkpoints))} --arch transformer_lm_wiki103 "
+        "--decoder-layers 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 "
+        "--decoder-attention-heads 8 "
+        f"--adaptive-input-cutoff {cutoffs} --adaptive-softmax-cutoff {cutoffs} "
+        "--dropout 0.1 --attention-dropout 0 --activation-dropout 0 --adaptive-softmax-dropout 0 "
+        "--criterion adaptive_loss --ddp-backend legacy_ddp "
+        "--optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --lr 0.002 "
+        f"--lr-scheduler polynomial_decay --warmup-updates {options.updates // 10} "
+        f"--total-num-update {options.updates} --max-update {options.updates} "
+        f"--tokens-per-sample {options.length} --max-tokens 2048 "
+        "--required-batch-size-multiple 1 --sample-break-mode none "
+        "--no-epoch-checkpoints --save-interval-updates 200 --keep-interval-updates 1 "
+        "--validate-interval-updates 200 --log-format simple --log-interval 50"
     )
     (checkpoints / "finished").touch()
     return last
@@ -168,9 +168,9 @@ def evaluate(options: argparse.Namespace, data: Path, checkpoint: Path) -> list[
             continue
         began = time.monotonic()
         printed = run(
-            ["fairseq-eval-lm", str(data), "--path", str(checkpoint), "--gen-subset", "test"]
-            + ["--sample-break-mode", "none", "--tokens-per-sample", str(length)]
-            + ["--max-tokens", str(max(length, 4096))],
+            f"fairseq-eval-lm {shlex.quote(str(data))} --path {shlex.quote(str(checkpoint))} "
+            f"--gen-subset test --sample-break-mode none --tokens-per-sample {length} "
+            f"--max-tokens {max(length, 4096)}",
             quiet=True,
         )
         tokens = int(re.search(r"Evaluated ([\d,]+) tokens", printed)[1].replace(",", ""))

@@ -1,0 +1,61 @@
+"""Small helpers, and plug-in folders."""
+
+import argparse
+import math
+import sys
+
+import pytest
+import torch
+
+from fairseq import utils
+
+
+def test_perplexity():
+    assert utils.get_perplexity(3) == 8.0
+    assert utils.get_perplexity(6.916) == 120.76  # 2 ** 6.916 = 120.7602...
+    assert utils.get_perplexity(None) == 0.0
+    assert utils.get_perplexity(1e6) == math.inf
+    assert utils.get_perplexity(0.5, round=None) == 2**0.5
+    assert utils.get_perplexity(2, base=10) == 100
+
+
+def test_samples_are_moved_as_a_whole():
+    half = torch.ones(2, dtype=torch.float16)
+    sample = {"a": [half, "text"], "b": (torch.zeros(1, dtype=torch.long), None)}
+    moved = utils.move_to_cpu(sample)
+    assert moved["a"][0].dtype == torch.float32 and moved["a"][1] == "text"
+    assert moved["b"][0].dtype == torch.long and isinstance(moved["b"], tuple)
+
+
+def test_max_positions_and_pads():
+    assert utils.resolve_max_positions(None, 512, 64) == 64
+    assert utils.resolve_max_positions(None) is None
+    assert utils.strip_pad(torch.tensor([4, 1, 5, 1]), 1).tolist() == [4, 5]
+
+
+def test_eval_mode_restores():
+    model = torch.nn.Dropout()
+    with utils.eval_mode(model):
+        assert not model.training
+    assert model.training
+
+
+def folder_with(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("LOADED = True\n")
+    return argparse.Namespace(user_dir=str(tmp_path / name))
+
+
+def test_user_dir_is_imported_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    args = folder_with(tmp_path, "my_plug_in_once")
+    utils.import_user_module(args)
+    utils.import_user_module(args)
+    assert sys.modules["my_plug_in_once"].LOADED
+
+
+def test_user_dir_that_is_missing_or_not_unique_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--user-dir: there is no nowhere"):
+        utils.import_user_module(argparse.Namespace(user_dir="nowhere"))
+    with pytest.raises(ImportError, match="must be unique"):
+        utils.import_user_module(folder_with(tmp_path, "argparse"))
