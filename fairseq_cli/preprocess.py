@@ -33,7 +33,7 @@ __all__ = ["cli_main", "main"]
 logger = logging.getLogger("fairseq_cli.preprocess")
 
 _LOG_FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
-_OWN_DICTIONARY_TASKS = ("translation", "language_modeling")
+_TASKS_WITH_PLAIN_DICTIONARY = ("translation", "language_modeling")
 
 
 def cli_main() -> None:
@@ -247,7 +247,7 @@ def _make_dictionaries(job: _Job) -> tuple[Dictionary, Dictionary | None]:
 
 def _plug_in_task(args: argparse.Namespace) -> Any:
     """Returns the class of a plug-in's task, which may have a dictionary of its own, or None."""
-    return None if args.task in _OWN_DICTIONARY_TASKS else TASKS.find(args.task)
+    return None if args.task in _TASKS_WITH_PLAIN_DICTIONARY else TASKS.find(args.task)
 
 
 def _load(args: argparse.Namespace, path: str) -> Dictionary:

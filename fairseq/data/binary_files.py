@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import os
+import shutil
 from pathlib import Path
 from typing import BinaryIO
 
@@ -155,7 +157,7 @@ def map_elements(path: str, dtype: np.dtype, count: int, index_path: str) -> np.
     return np.asarray(np.memmap(path, mode="r", dtype=dtype, shape=(count,)))
 
 
-class TokenWriter:
+class TokenWriter(abc.ABC):
     """Writes the elements of a `.bin` file, item by item or in bulk, and collects item sizes.
 
     Args:
@@ -182,6 +184,21 @@ class TokenWriter:
     def __exit__(self, *_: object) -> None:
         """Closes the file, finished or not."""
         self._file.close()
+
+    @abc.abstractmethod
+    def finalize(self, index_file: str | Path) -> None:
+        """Closes the `.bin` file and writes the index."""
+
+    @abc.abstractmethod
+    def merge_file_(self, another_file: str | Path) -> None:
+        """Appends a finished dataset of the same format.
+
+        Args:
+            another_file: what precedes its `.idx` and `.bin`.
+
+        Raises:
+            ValueError: its element type is another one.
+        """
 
     def add_item(self, tensor: np.ndarray) -> None:
         """Writes one item: a vector of ids, as a torch tensor, an array or a list."""
@@ -221,13 +238,17 @@ class TokenWriter:
             raise ValueError(f"{self.path}: an item has {sizes.max()} ids; most are 2**31 - 1")
         self._sizes.append(sizes.astype(np.int32))
 
-    def _append_elements(self, path: str) -> None:
-        """Appends the elements of another `.bin` file of the same type."""
-        size = os.path.getsize(path)
-        with open(path, "rb") as other:
-            while block := other.read(1 << 24):
-                self._file.write(block)
-        self._num_tokens += size // self.dtype.itemsize
+    def _append(self, prefix: str | Path, dtype: np.dtype, sizes: np.ndarray) -> None:
+        """Appends the elements of another dataset, given their type and the sizes of items."""
+        if dtype != self.dtype:
+            raise ValueError(
+                f"{prefix} has elements of {dtype}, {self.path} of {self.dtype}; only datasets of "
+                "one element type can be merged"
+            )
+        with open(data_file_path(prefix), "rb") as other:
+            shutil.copyfileobj(other, self._file, length=1 << 24)
+        self._num_tokens += int(sizes.sum(dtype=np.int64))
+        self.end_items(sizes)
 
     def _close(self) -> np.ndarray:
         """Closes the file; returns the sizes of all items, int32."""

@@ -185,25 +185,10 @@ class IndexedDatasetBuilder(TokenWriter):
         super().__init__(out_file, dtype)
 
     def merge_file_(self, another_file: str | Path) -> None:
-        """Appends a finished dataset of the same format.
-
-        Args:
-            another_file: what precedes its `.idx` and `.bin`.
-
-        Raises:
-            ValueError: its element type is another one.
-        """
         other = IndexedDataset(another_file)
-        if other.dtype != self.dtype:
-            raise ValueError(
-                f"{another_file} has elements of {other.dtype}, {self.path} of {self.dtype}; only "
-                "datasets of one element type can be merged"
-            )
-        self._append_elements(data_file_path(another_file))
-        self.end_items(other.sizes)
+        self._append(another_file, other.dtype, other.sizes)
 
     def finalize(self, index_file: str | Path) -> None:
-        """Closes the `.bin` file and writes the index."""
         sizes = self._close().astype("<i8")
         num_items = len(sizes)
         header = (_VERSION, CODE_OF_DTYPE[self.dtype], self.dtype.itemsize, num_items, num_items)

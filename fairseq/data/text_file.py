@@ -185,9 +185,15 @@ def _pool_map(task: Callable[[Chunk], T], chunks: list[Chunk], workers: int) -> 
         for chunk in chunks:
             waiting.append(_submit(pool, chunk))
             if len(waiting) > 2 * workers:
-                yield _fetch(waiting.popleft())
+                yield waiting.popleft().result()
         while waiting:
-            yield _fetch(waiting.popleft())
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a worker process was killed, perhaps for lack of memory; try fewer --workers"
+        ) from error
+    except ValueError as error:
+        raise error.with_traceback(None)  # noqa: B904  (the worker's traceback is its cause)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -204,17 +210,6 @@ def _submit(pool: ProcessPoolExecutor, chunk: Chunk) -> Future[Any]:
         # the workers use.
         warnings.simplefilter("ignore", DeprecationWarning)
         return pool.submit(_work, chunk)
-
-
-def _fetch(future: Future[T]) -> T:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process was killed, perhaps for lack of memory; try fewer --workers"
-        ) from error
-    except ValueError as error:
-        raise error.with_traceback(None)  # noqa: B904  (the worker's traceback is its cause)
 
 
 _task: Callable[[Chunk], Any]
