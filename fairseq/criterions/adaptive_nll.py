@@ -1,0 +1,65 @@
+"""Negative log-likelihood from the bands of an adaptive softmax.
+
+An adaptive softmax (Grave et al. 2017, Efficient softmax approximation for GPUs) has a head over
+the frequent words and one class for each band of rarer words, and a tail over the words of each
+band. The likelihood of a rare word is that of its class times that of the word in its tail, so the
+loss is a sum of cross entropies and the whole vocabulary is never formed.
+
+Shapes: N target positions, N_i of them in band i.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["adaptive_nll"]
+
+
+def adaptive_nll(
+    adaptive_softmax: Any,
+    features: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    pad: int,
+    tail_pad: int | None,
+    reduce: bool = True,
+) -> torch.Tensor:
+    """Sums the cross entropies of head and tails, in nats and in float32.
+
+    Args:
+        adaptive_softmax: called with (features, target); returns the logits of the head and of
+            each tail that has targets (None for the others), and their targets.
+        features: (B, T, D), the decoder's output.
+        target: (N,) word ids, N = B * T.
+        pad: word id that counts nothing.
+        tail_pad: id *within a tail* that counts nothing there; None counts every word.
+        reduce: sum over positions; otherwise returns one value for each.
+
+    Returns:
+        A scalar, or (N,) without `reduce`.
+    """
+    (head_logits, *tail_logits), (head_target, *tail_targets) = adaptive_softmax(features, target)
+    loss = _cross_entropy(head_logits, head_target, pad, reduce)
+    num_head_words = head_logits.size(-1) - len(tail_logits)
+    for band, (logits, relative) in enumerate(zip(tail_logits, tail_targets, strict=True)):
+        if logits is None:
+            continue
+        tail_loss = _cross_entropy(logits, relative, -100 if tail_pad is None else tail_pad, reduce)
+        if reduce:
+            loss = loss + tail_loss
+        else:
+            rows = head_target.eq(num_head_words + band).nonzero().squeeze(1)  # (N_i,)
+            loss = loss.index_add(0, rows, tail_loss)
+    return loss
+
+
+def _cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, reduce: bool
+) -> torch.Tensor:
+    # In half precision a sum over a batch overflows, and the softmax loses its small terms.
+    lprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    reduction = "sum" if reduce else "none"
+    return F.nll_loss(lprobs, target, ignore_index=ignore_index, reduction=reduction)
