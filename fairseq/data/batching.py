@@ -69,7 +69,7 @@ def batch_by_size(
         if alone < len(order):
             ends.append(alone + 1)
         begin = alone + 1
-    return [order[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return [order[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def _lengths(
@@ -104,7 +104,7 @@ def _batch_ends(lengths: np.ndarray, token_limit: int, row_limit: int, multiple:
     start = committed = 0
     batch_longest = tail_longest = 0
     stop = 0
-    for length in memoryview(lengths):
+    for length in lengths.data:
         stop += 1
         if length > tail_longest:
             tail_longest = length

@@ -157,7 +157,7 @@ class TokenBlockDataset(FairseqDataset):
         if not self.include_targets:
             return torch.from_numpy(self.read_range(begin, begin + num_tokens))
         num_before = min(2, begin - self._line_start(begin))
-        before = [self.pad, self.eos][: 2 - num_before]
+        before = [self.pad, self.eos][num_before:]
         ids = self.read_range(begin - num_before, begin + num_tokens)
         shifted = torch.from_numpy(np.concatenate([np.asarray(before, dtype=np.int64), ids]))
         # The two tokens before the block, then the block: one shift further for each.
@@ -180,7 +180,7 @@ class TokenBlockDataset(FairseqDataset):
             ids[a - begin : b - begin] = self._read_line(line)[a - line_start : b - line_start]
         # A negative id is a huge one when taken as unsigned.
         if self.num_symbols is not None and ids.view(np.uint64).max() >= self.num_symbols:
-            self._refuse_unknown_id(first, last)
+            self._refuse_unknown_id(first, last, self.num_symbols)
         return ids
 
     def sources_at(self, blocks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -224,16 +224,16 @@ class TokenBlockDataset(FairseqDataset):
             return np.asarray(self.dataset.read(line))
         return np.asarray(self.dataset[line])
 
-    def _refuse_unknown_id(self, first: int, last: int) -> None:
+    def _refuse_unknown_id(self, first: int, last: int, num_symbols: int) -> None:
         for line in range(first, last + 1):
             ids = np.asarray(self._read_line(line), dtype=np.int64)
-            unknown = ids[(ids < 0) | (ids >= self.num_symbols)]
+            unknown = ids[(ids < 0) | (ids >= num_symbols)]
             if len(unknown):
                 raise ValueError(
                     f"{file_of(self.dataset, line)}: token id {int(unknown[0])} in line "
-                    f"{line + 1}, but the dictionary has {self.num_symbols} symbols (ids 0 to "
-                    f"{(self.num_symbols or 0) - 1}); the data were binarized with another "
-                    "dict.txt, or the file is damaged"
+                    f"{line + 1}, but the dictionary has {num_symbols} symbols (ids 0 to "
+                    f"{num_symbols - 1}); the data were binarized with another dict.txt, or the "
+                    "file is damaged"
                 )
 
 
