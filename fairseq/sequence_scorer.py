@@ -1,0 +1,248 @@
+"""Scores of given target tokens under one model or an ensemble.
+
+B: rows, T: columns, N: scored positions of all rows together, D: width, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["Scores", "SequenceScorer", "target_log_probs"]
+
+# Logits are made for so many elements at a time: 64 MiB in float32.
+_MOST_LOGITS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of a batch's scored tokens.
+
+    Attributes:
+        values: (N,) float32, nats, row after row.
+        is_scored: (B, T) which positions of the batch they belong to.
+        attention: (B, T, S) mean attention over the models that return it, else None.
+    """
+
+    values: torch.Tensor
+    is_scored: torch.Tensor
+    attention: torch.Tensor | None = None
+
+    def rows(self, sample: dict[str, Any]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yields for each row its id, its scored tokens (int64) and their scores (float32)."""
+        is_scored = self.is_scored.cpu()
+        values = self.values.cpu().numpy()
+        tokens = sample["target"].cpu()[is_scored].numpy()
+        ends = np.cumsum(is_scored.sum(dim=1).numpy())
+        start = 0
+        for row_id, end in zip(sample["id"].tolist(), ends.tolist(), strict=False):
+            yield row_id, tokens[start:end], values[start:end]
+            start = end
+
+
+class SequenceScorer:
+    """Scores the target tokens of batches.
+
+    Args:
+        tgt_dict: dictionary of the targets.
+        softmax_batch: most positions whose distribution over the vocabulary is made at once; less
+            is taken where memory says so.
+        compute_alignment: must be False: there is no encoder to align with.
+        eos: id of the end of sentence; by default the dictionary's.
+        symbols_to_strip_from_output: ids left out when hypotheses are printed, beside eos.
+        score_pad: a padding symbol inside a row counts as a token like others; how long rows are
+            is then read from `src_lengths`. False scores no padding symbol anywhere.
+    """
+
+    def __init__(
+        self,
+        tgt_dict: Any,
+        softmax_batch: int | None = None,
+        compute_alignment: bool = False,
+        eos: int | None = None,
+        symbols_to_strip_from_output: set[int] | None = None,
+        *,
+        score_pad: bool = False,
+    ) -> None:
+        if softmax_batch is not None and softmax_batch < 1:
+            raise ValueError(f"--softmax-batch is {softmax_batch}; it must be at least 1")
+        if compute_alignment:
+            raise ValueError("language models have no encoder whose words could be aligned")
+        self.pad = tgt_dict.pad()
+        self.eos = tgt_dict.eos() if eos is None else eos
+        self.softmax_batch = softmax_batch
+        self.symbols_to_strip_from_output = {self.eos, *(symbols_to_strip_from_output or ())}
+        self.score_pad = score_pad
+
+    @torch.no_grad()
+    def score(self, models: Sequence[Any], sample: dict[str, Any]) -> Scores:
+        """Scores a batch.
+
+        Args:
+            models: their probabilities are averaged.
+            sample: a batch; `start_indices`, if there, says where in each row scoring starts.
+
+        Returns:
+            The log-probability of every scored target token.
+        """
+        is_scored = self._scored_positions(sample)
+        results = []
+        attentions = []
+        for model in models:
+            model.eval()
+            values, attention = target_log_probs(model, sample, is_scored, self.softmax_batch)
+            results.append(values)
+            if attention is not None:
+                attentions.append(attention)
+        values = results[0]
+        if len(results) > 1:
+            values = torch.logsumexp(torch.stack(results), dim=0) - math.log(len(results))
+        attention = torch.stack(attentions).mean(dim=0) if attentions else None
+        return Scores(values, is_scored, attention)
+
+    def _scored_positions(self, sample: dict[str, Any]) -> torch.Tensor:
+        """Returns (B, T) bool: the row's own target tokens, without context and padding."""
+        target = sample["target"]
+        columns = torch.arange(target.size(1), device=target.device)
+        starts = torch.zeros(target.size(0), dtype=torch.int64)
+        given = sample.get("start_indices")
+        if given is not None:
+            starts[: len(given)] = torch.as_tensor(given)
+        is_own = columns >= starts.to(target.device)[:, None]
+        if not self.score_pad:
+            return is_own & target.ne(self.pad)
+        lengths = torch.zeros(target.size(0), dtype=torch.int64, device=target.device)
+        src_lengths = sample["net_input"]["src_lengths"]
+        lengths[: len(src_lengths)] = src_lengths.to(target.device)
+        return is_own & (columns < lengths[:, None])
+
+    @torch.no_grad()
+    def generate(
+        self, models: Sequence[Any], sample: dict[str, Any], **kwargs: Any
+    ) -> list[list[dict[str, Any]]]:
+        """Scores a batch in the form of a generator's result.
+
+        Returns:
+            For each row a list with one dictionary: `tokens` (the scored targets), `score` (mean
+            of their log-probabilities in nats), `positional_scores` (each of them), `attention`
+            (T, S) if the models return it, `alignment` None.
+        """
+        scores = self.score(models, sample)
+        counts = scores.is_scored.sum(dim=1).tolist()
+        tokens = sample["target"][scores.is_scored].split(counts)
+        values = scores.values.split(counts)
+        return [
+            [
+                {
+                    "tokens": tokens[row],
+                    "score": values[row].mean() if counts[row] else values[row].sum(),
+                    "attention": None if scores.attention is None else scores.attention[row],
+                    "alignment": None,
+                    "positional_scores": values[row],
+                }
+            ]
+            for row in range(len(sample["id"]))
+        ]
+
+
+def target_log_probs(
+    model: Any,
+    sample: dict[str, Any],
+    is_scored: torch.Tensor,
+    softmax_batch: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns log p of the target at chosen positions, without making whole distributions of more.
+
+    Args:
+        model: a language model; one with an output of its own kind is asked for its distribution.
+        sample: a batch with `net_input` and `target` (B, T).
+        is_scored: (B, T) bool, the positions.
+        softmax_batch: most positions whose distribution is made at once.
+
+    Returns:
+        ((N,) float32 nats, attention (B, T, S) or None).
+    """
+    decoder = _plain_decoder(model)
+    if decoder is None:
+        return _from_distribution(model, sample, is_scored)
+    features, extra = model.extract_features(**sample["net_input"])
+    features, target = features[is_scored], sample["target"][is_scored]  # (N, D), (N,)
+    chosen = []
+    for rows in _chunks(len(target), decoder, softmax_batch):
+        chosen.append(_log_probs_of(decoder, features[rows], target[rows]))
+    values = torch.cat(chosen) if chosen else features.new_zeros(0, dtype=torch.float32)
+    return values, _attention_in(extra)
+
+
+def _plain_decoder(model: Any) -> Any:
+    """Returns the decoder if model and decoder make their output as this project's do."""
+    decoder = getattr(model, "decoder", None)
+    has_parts = all(hasattr(decoder, name) for name in ("extract_features", "output_layer"))
+    if decoder is None or not has_parts or not hasattr(model, "extract_features"):
+        return None
+    for part in (model, decoder):
+        for name in ("forward", "get_normalized_probs", "extract_features"):
+            method = getattr(type(part), name, None)
+            if not getattr(method, "__module__", "").startswith("fairseq.models."):
+                return None
+    return decoder
+
+
+def _chunks(count: int, decoder: Any, softmax_batch: int | None) -> list[slice]:
+    adaptive = getattr(decoder, "adaptive_softmax", None)
+    size = softmax_batch or count
+    if adaptive is None:
+        size = min(size, max(1, _MOST_LOGITS // len(decoder.dictionary)))
+    size = max(size, 1)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _log_probs_of(decoder: Any, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Returns log p of each target (N,) given features (N, D), in float32."""
+    if decoder.adaptive_softmax is None:
+        logits = decoder.output_layer(features).float()  # (N, V)
+        return _gather(logits, target) - torch.logsumexp(logits, dim=-1)
+    return _adaptive_log_probs(decoder.adaptive_softmax, features, target)
+
+
+def _adaptive_log_probs(
+    adaptive_softmax: Any, features: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    """Returns log p(band) + log p(target | band); only the bands that occur are computed."""
+    logits, targets = adaptive_softmax(features[None], target[None])
+    head = logits[0].float()
+    values = _gather(head, targets[0]) - torch.logsumexp(head, dim=-1)
+    first_class = head.size(-1) - (len(logits) - 1)
+    for band, (tail, tail_target) in enumerate(zip(logits[1:], targets[1:], strict=True)):
+        if tail is None:
+            continue
+        tail = tail.float()
+        in_band = targets[0].eq(first_class + band)
+        values[in_band] += _gather(tail, tail_target) - torch.logsumexp(tail, dim=-1)
+    return values
+
+
+def _gather(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return logits.gather(1, target[:, None]).squeeze(1)
+
+
+def _from_distribution(
+    model: Any, sample: dict[str, Any], is_scored: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    net_output = model(**sample["net_input"])
+    log_probs = model.get_normalized_probs(net_output, log_probs=True, sample=sample)
+    chosen = log_probs.gather(2, sample["target"][..., None]).squeeze(2)
+    extra = net_output[1] if isinstance(net_output, tuple) and len(net_output) > 1 else None
+    return chosen[is_scored].float(), _attention_in(extra)
+
+
+def _attention_in(extra: Any) -> torch.Tensor | None:
+    attention = extra.get("attn") if isinstance(extra, dict) else None
+    if isinstance(attention, (list, tuple)):
+        attention = attention[0] if attention else None
+    return attention

@@ -1,0 +1,81 @@
+"""Files that are no checkpoints, each with one message that names it."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fairseq.checkpoint.reading import read_checkpoint
+from fairseq.checkpoint.writing import save_atomically
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "invented"
+ORIGINAL = GOLDEN / "ckpt" / "wiki103_tiny" / "checkpoint_last.pt"
+
+
+def test_a_missing_file(tmp_path):
+    path = tmp_path / "nope.pt"
+    with pytest.raises(FileNotFoundError, match=r"Model file not found: .*nope\.pt"):
+        read_checkpoint(path)
+
+
+def test_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"<html>not found</html>", "is no torch file"),
+        (ORIGINAL.read_bytes()[:200_000], "is truncated: it ends after 200,000 bytes"),
+    ],
+)
+def test_files_of_another_kind(tmp_path, content, message):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}.*{message}"):
+        read_checkpoint(path)
+
+
+def test_a_zip_file_of_something_else(tmp_path):
+    path = tmp_path / "text.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match=r"not one that torch\.save wrote"):
+        read_checkpoint(path)
+
+
+def test_a_truncated_file_of_the_format_before_torch_1_6(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save({"model": {"w": torch.zeros(1000)}}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=rf"{path} cannot be read as a checkpoint"):
+        read_checkpoint(path)
+
+
+def test_a_torch_file_without_a_dictionary(tmp_path):
+    path = tmp_path / "tensor.pt"
+    torch.save([torch.zeros(2)], path)
+    with pytest.raises(ValueError, match="holds a list"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("whose", ["the original's", "ours"])
+def test_damage_anywhere_in_a_tensor_is_noticed(tmp_path, whose):
+    path = tmp_path / "damaged.pt"
+    if whose == "ours":
+        save_atomically({"model": {"w": torch.randn(100_000)}}, path)
+    else:
+        shutil.copy(ORIGINAL, path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4] = bytes(byte ^ 0x40 for byte in content[middle : middle + 4])
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)  # torch itself does not notice
+    with pytest.raises(ValueError, match=rf"{path} is damaged: the checksum of its part"):
+        read_checkpoint(path)
