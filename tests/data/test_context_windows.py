@@ -45,9 +45,7 @@ class PrefetchedLines(Lines):
 
 def rows_of(lines, block_size, mode="none", **options):
     lines = lines if isinstance(lines, Lines) else Lines(lines)
-    blocks = TokenBlockDataset(
-        lines, lines.sizes, block_size, PAD, EOS, mode, include_targets=True
-    )
+    blocks = TokenBlockDataset(lines, lines.sizes, block_size, PAD, EOS, mode, include_targets=True)
     return MonolingualDataset(blocks, blocks.sizes, DICTIONARY, targets=["future"], **options)
 
 
@@ -73,9 +71,7 @@ def running_context(rows, block_size, context, batches):
                 previous = previous[excess:]
             filled = previous + source
             sources.append(filled + [PAD] * (width + context - len(filled)))
-            targets.append(
-                [PAD] * len(previous) + target + [PAD] * (width + context - len(filled))
-            )
+            targets.append([PAD] * len(previous) + target + [PAD] * (width + context - len(filled)))
             starts.append(len(previous))
             lengths.append(len(filled))
             previous = filled[-context:]
@@ -172,9 +168,7 @@ def test_rows_of_another_kind_of_dataset():
     dataset = MonolingualDataset(rows, [4, 4, 2], DICTIONARY)
     task = LanguageModelingTask(LanguageModelingConfig(tokens_per_sample=4), DICTIONARY)
     batches = task.eval_lm_dataloader(dataset, batch_size=1, context_window=2, num_workers=0)
-    found = [
-        (b["net_input"]["src_tokens"][0].tolist(), b["target"][0].tolist()) for b in batches
-    ]
+    found = [(b["net_input"]["src_tokens"][0].tolist(), b["target"][0].tolist()) for b in batches]
     assert found == [
         ([4, 5, 6, 7, 1, 1], [4, 5, 6, 7, 1, 1]),
         ([6, 7, 8, 9, 10, 11], [1, 1, 8, 9, 10, 11]),

@@ -453,7 +453,7 @@ def test_starting_an_epoch_draws_nothing_from_the_generators_of_training():
     assert (torch.rand(1).item(), np.random.rand()) == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"buffer_size": 2}, {"num_workers": 1, "buffer_size": 2}])
+@pytest.mark.parametrize("options", [{}, {"buffer_size": 2}])
 def test_an_item_that_cannot_be_read(options):
     epochs = epochs_of([[1], [-1], [2]], **options)
     itr = epochs.next_epoch_itr(shuffle=False)

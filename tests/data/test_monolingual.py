@@ -36,9 +36,7 @@ def dictionary():
 
 def rows_of(dictionary, lines, block_size, mode="none", **options):
     lines = Lines(lines)
-    blocks = TokenBlockDataset(
-        lines, lines.sizes, block_size, PAD, EOS, mode, include_targets=True
-    )
+    blocks = TokenBlockDataset(lines, lines.sizes, block_size, PAD, EOS, mode, include_targets=True)
     options.setdefault("targets", ["future"])
     return MonolingualDataset(blocks, blocks.sizes, dictionary, **options)
 

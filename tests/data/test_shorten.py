@@ -34,7 +34,11 @@ class Lines:
 
 def test_truncation_keeps_the_first_tokens():
     lines = TruncateDataset(Lines([3, 9, 4]), 4)
-    assert [line.tolist() for line in lines] == [[0, 1, 2], [100, 101, 102, 103], [200, 201, 202, 203]]
+    assert [line.tolist() for line in lines] == [
+        [0, 1, 2],
+        [100, 101, 102, 103],
+        [200, 201, 202, 203],
+    ]
     assert lines.sizes.tolist() == [3, 4, 4]
     assert len(lines) == 3
 

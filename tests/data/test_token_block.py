@@ -56,9 +56,7 @@ def cut_plainly(sizes, block_size, mode, separator=1):
         starts.append(starts[-1] + size)
     ranges = []
     if mode == "none":
-        ranges = [
-            (b, min(b + block_size, starts[-1])) for b in range(0, starts[-1], block_size)
-        ]
+        ranges = [(b, min(b + block_size, starts[-1])) for b in range(0, starts[-1], block_size)]
     elif mode == "eos":
         ranges = list(zip(starts[:-1], starts[1:], strict=True))
     else:
@@ -105,9 +103,7 @@ def text_of(sizes):
 def test_blocks_and_shifted_streams_follow_the_rules(sizes, block_size, mode, separator):
     lines = text_of(sizes)
     stream = [token for line in lines for token in line]
-    dataset = blocks_of(
-        lines, block_size, mode, include_targets=True, document_sep_len=separator
-    )
+    dataset = blocks_of(lines, block_size, mode, include_targets=True, document_sep_len=separator)
     expected = cut_plainly(sizes, block_size, mode, separator)
     assert dataset.sizes.tolist() == [size for _, _, size in expected]
     assert len(dataset) == len(expected)
