@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fairseq.data.alignments import AlignmentParser
 from fairseq.data.binary_files import TokenWriter
 from fairseq.data.dictionary import Dictionary, Tokenizer
 from fairseq.data.text_file import check_text_file, map_chunks, split_lines
@@ -219,7 +220,7 @@ def binarize_alignments(
     """
     check_text_file(path)
     num_lines = 0
-    parse = AlignmentParser(str(path))
+    parse = AlignmentParser(path)
     for lines in map_chunks(
         parse, path, workers=workers, whole_lines=True, on_progress=on_progress
     ):
@@ -227,30 +228,3 @@ def binarize_alignments(
             builder.add_item(np.array(pairs, dtype=np.int64).reshape(-1))
         num_lines += len(lines)
     return num_lines
-
-
-class AlignmentParser:
-    """Parses alignments: for each line of a text a list of (source, target) positions.
-
-    Args:
-        path: where the text comes from, for messages.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __call__(self, text: str) -> list[list[tuple[int, int]]]:
-        lines = split_lines(text)
-        return [self.parse_line(line) for line in (lines if lines[-1] else lines[:-1])]
-
-    def parse_line(self, line: str) -> list[tuple[int, int]]:
-        """Returns the pairs of one line; ValueError if something is no pair."""
-        return [self._parse_pair(pair) for pair in line.split()]
-
-    def _parse_pair(self, pair: str) -> tuple[int, int]:
-        source, _, target = pair.partition("-")
-        if not (source.isdecimal() and target.isdecimal()):
-            raise ValueError(
-                f"{self.path}: found {pair!r} where a pair of positions like 0-0 is expected"
-            )
-        return int(source), int(target)

@@ -14,17 +14,17 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fairseq import options
-from fairseq.binarizer import AlignmentParser, binarize_alignments, binarize_text
+from fairseq.binarizer import binarize_alignments, binarize_text
 from fairseq.data import indexed_dataset
+from fairseq.data.alignments import most_frequent_translations
 from fairseq.data.dictionary import Dictionary
-from fairseq.data.text_file import check_text_file, map_chunks, split_lines
+from fairseq.data.text_file import check_text_file, map_chunks
 from fairseq.registry import TASKS
 from fairseq_cli._run import run_command
 
@@ -66,6 +66,7 @@ def main(args: argparse.Namespace) -> None:
     _check_options(args)
     job = _Job(args)
     _check_inputs(job)
+    _warn_of_idle_options(args)
     with _destination(Path(args.destdir)) as folder, _log_file(folder / "preprocess.log"):
         logger.info(args)
         job.folder = folder
@@ -77,9 +78,10 @@ def main(args: argparse.Namespace) -> None:
             _make_all(job, args.source_lang, source)
             if target is not None:
                 _make_all(job, args.target_lang, target)
-            if args.align_suffix:
-                _make_all_alignments(job)
+                if args.align_suffix:
+                    _make_all_alignments(job)
         if args.alignfile:
+            assert target is not None
             _make_alignment_dictionary(job, source, target)
         logger.info("Wrote preprocessed data to %s", args.destdir)
 
@@ -154,6 +156,25 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("--alignfile needs two languages and --trainpref, not --only-source")
     if args.align_suffix and args.only_source:
         raise ValueError("--align-suffix belongs to two languages, not to --only-source")
+
+
+def _warn_of_idle_options(args: argparse.Namespace) -> None:
+    """Says which limits are set for a dictionary that is not made."""
+    reasons = {}
+    if args.srcdict:
+        reasons["src"] = "--srcdict, which is taken as it is"
+    if args.tgtdict:
+        reasons["tgt"] = "--tgtdict, which is taken as it is"
+    if args.joined_dictionary:
+        reasons["tgt"] = "--joined-dictionary, which goes by --thresholdsrc and --nwordssrc"
+    if args.only_source:
+        reasons["tgt"] = "--only-source"
+    for side, reason in reasons.items():
+        for name, default in (("threshold", 0), ("nwords", -1)):
+            if getattr(args, name + side) != default:
+                logger.warning("--%s%s has no effect with %s", name, side, reason)
+    if args.only_source and args.tgtdict and not args.joined_dictionary:
+        logger.warning("--tgtdict has no effect with --only-source")
 
 
 def _check_inputs(job: _Job) -> None:
@@ -339,53 +360,17 @@ def _make_all_alignments(job: _Job) -> None:
         logger.info("[alignments] %s: parsed %d alignments", path, parsed)
 
 
-def _make_alignment_dictionary(job: _Job, source: Dictionary, target: Dictionary | None) -> None:
+def _make_alignment_dictionary(job: _Job, source: Dictionary, target: Dictionary) -> None:
     """Writes for each source word the target word that it is aligned to most often."""
-    assert target is not None
     args = job.args
-    paths = [job.text_path(args.trainpref, language) for language in job.languages]
-    paths.append(args.alignfile)
-    parser = AlignmentParser(args.alignfile)
-    counts: dict[int, Counter[int]] = {}
-    triples = zip(*(_lines(path) for path in paths), strict=True)
-    try:
-        for source_line, target_line, alignment in triples:
-            ids = [
-                dictionary.encode_ids(line, append_eos=False).tolist()
-                for dictionary, line in ((source, source_line), (target, target_line))
-            ]
-            _count_pairs(parser.parse_line(alignment), ids, (source.unk(), target.unk()), counts)
-    except (ValueError, IndexError) as error:
-        texts = " and ".join(paths[:2])
-        raise ValueError(f"--alignfile {args.alignfile} does not fit {texts}: {error}") from error
+    source_text, target_text = (job.text_path(args.trainpref, lang) for lang in job.languages)
+    translations = most_frequent_translations(
+        source_text, target_text, args.alignfile, source, target
+    )
     output = job.folder / f"{job.pair_name('alignment')}.txt"
     with open(output, "w", encoding="utf-8", newline="\n") as file:
-        for index, translations in counts.items():
-            best = max(translations, key=translations.__getitem__)
-            file.write(f"{source[index]} {target[best]}\n")
-
-
-def _count_pairs(
-    pairs: list[tuple[int, int]],
-    ids: list[list[int]],
-    unknown: tuple[int, int],
-    counts: dict[int, Counter[int]],
-) -> None:
-    for source_position, target_position in pairs:
-        index, translation = ids[0][source_position], ids[1][target_position]
-        if index != unknown[0] and translation != unknown[1]:
-            counts.setdefault(index, Counter())[translation] += 1
-
-
-def _lines(path: str) -> Iterator[str]:
-    """Yields the lines of a text file."""
-    rest = ""
-    for lines in map_chunks(split_lines, path):
-        lines[0] = rest + lines[0]
-        rest = lines.pop()
-        yield from lines
-    if rest:
-        yield rest
+        for index, translation in translations.items():
+            file.write(f"{source[index]} {target[translation]}\n")
 
 
 @contextlib.contextmanager

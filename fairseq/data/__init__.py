@@ -20,6 +20,7 @@ _MODULE_OF = {
     "TokenBlockDataset": "token_block_dataset",
     "MonolingualDataset": "monolingual_dataset",
     "LMContextWindowDataset": "context_windows",
+    "LMInferenceDataset": "inference_dataset",
     "TruncateDataset": "shorten_dataset",
     "RandomCropDataset": "shorten_dataset",
     "CountingIterator": "iterators",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fairseq.data.dictionary import Dictionary
-from fairseq.data.text_file import check_text_file, map_chunks, split_lines
+from fairseq.data.text_file import check_text_file, read_lines
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class IndexedRawTextDataset:
         check_text_file(path)
         self.append_eos = append_eos
         self.reverse_order = reverse_order
-        self.lines = _read_lines(path)
+        self.lines = list(read_lines(path))
         items = [
             dictionary.encode_ids(line, append_eos=append_eos, reverse_order=reverse_order)
             for line in self.lines
@@ -89,11 +89,3 @@ class IndexedRawTextDataset:
     def exists(path: str | Path) -> bool:
         """Tells whether there is such a file; a folder is none."""
         return Path(path).is_file()
-
-
-def _read_lines(path: str | Path) -> list[str]:
-    lines = [""]
-    for more in map_chunks(split_lines, path):
-        lines[-1] += more[0]
-        lines += more[1:]
-    return lines if lines[-1] else lines[:-1]

@@ -21,7 +21,15 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["Chunk", "check_text_file", "map_chunks", "read_chunk", "split_lines", "text_chunks"]
+__all__ = [
+    "Chunk",
+    "check_text_file",
+    "map_chunks",
+    "read_chunk",
+    "read_lines",
+    "split_lines",
+    "text_chunks",
+]
 
 CHUNK_BYTES = 1 << 20
 """Size of a chunk unless a line or word does not fit: about 15 MB of memory while it is encoded."""
@@ -133,6 +141,18 @@ def split_lines(text: str) -> list[str]:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.split("\n")
+
+
+def read_lines(path: str | Path) -> Iterator[str]:
+    """Yields the lines of a text file without their ends; raises what `read_chunk` raises."""
+    rest = ""
+    for chunk in text_chunks(path):
+        lines = split_lines(read_chunk(chunk))
+        lines[0] = rest + lines[0]
+        rest = lines.pop()
+        yield from lines
+    if rest:
+        yield rest
 
 
 def map_chunks(

@@ -283,6 +283,18 @@ def test_dictionary_of_translations(pair, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_limits_without_effect_are_told(tmp_path, caplog):
+    text = write(tmp_path / "text.txt", "a a b\n")
+    given = write(tmp_path / "given.txt", "a 1\n")
+    limits = ["--nwordssrc", 5, "--thresholdtgt", 2]
+    run("--trainpref", text, "--srcdict", given, *limits, "--destdir", tmp_path / "bin")
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings == [
+        "--nwordssrc has no effect with --srcdict, which is taken as it is",
+        "--thresholdtgt has no effect with --only-source",
+    ]
+
+
 def test_shards_that_are_there_already_survive(in_golden, small_chunks, tmp_path):
     write(tmp_path / "train1.bin", b"mine")
     write(tmp_path / "train1.idx", b"mine")
