@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,7 @@ def cut_plainly(sizes, block_size, mode, separator=1):
     if mode == "none":
         ranges = [(b, min(b + block_size, starts[-1])) for b in range(0, starts[-1], block_size)]
     elif mode == "eos":
-        ranges = list(zip(starts[:-1], starts[1:], strict=True))
+        ranges = list(itertools.pairwise(starts))
     else:
         shortest = 2 if mode == "complete_doc" else 1
         begin = end = 0
@@ -200,7 +202,7 @@ def test_a_negative_id_is_refused():
 
 
 def test_what_cannot_be_cut():
-    with pytest.raises(ValueError, match="--sample-break-mode.*none, complete, complete_doc, eos"):
+    with pytest.raises(ValueError, match=r"--sample-break-mode.*, complete, complete_doc, eos"):
         blocks_of([[4, 2]], 4, "sentence")
     with pytest.raises(ValueError, match="--tokens-per-sample must be at least 1"):
         blocks_of([[4, 2]], 0, "none")

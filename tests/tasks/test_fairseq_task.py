@@ -99,7 +99,7 @@ def test_items_too_long_for_the_model(task, caplog):
         ValueError, match=r"^Size of sample #1 is invalid \(=9\) since max_positions=8"
     ):
         task.filter_indices_by_size(np.arange(3), dataset, 8)
-    with pytest.raises(ValueError, match="--skip-invalid-size-inputs-valid-test$"):
+    with pytest.raises(ValueError, match=r"--skip-invalid-size-inputs-valid-test$"):
         task.get_batch_iterator(dataset, max_positions=4)
     epochs = task.get_batch_iterator(dataset, max_positions=4, ignore_invalid_inputs=True)
     assert [b.tolist() for b in epochs.frozen_batches] == [[0, 2]]

@@ -125,7 +125,7 @@ def test_a_model_must_be_able_to_predict_the_targets(monkeypatch):
 
     monkeypatch.setattr("fairseq.models.build_model", lambda cfg, task: Model(), raising=False)
     assert isinstance(task_of().build_model(None), Model)
-    with pytest.raises(ValueError, match="^Unsupported language modeling target: past"):
+    with pytest.raises(ValueError, match=r"^Unsupported language modeling target: past"):
         task_of(past_target=True).build_model(None)
 
 
