@@ -161,7 +161,7 @@ class Adafactor(Float32Step):
 
 
 def _rms(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.norm(2) / math.sqrt(tensor.numel())
+    return torch.linalg.vector_norm(tensor) / math.sqrt(tensor.numel())
 
 
 def _rate(group: dict[str, Any], state: dict[str, Any]) -> float:
@@ -179,9 +179,13 @@ def _normalized(
     """Updates the second moments; returns the gradient divided by their root."""
     squared = grad.square().add_(eps)
     if "exp_avg_sq" in state:
-        second = state["exp_avg_sq"].mul_(beta2).add_(squared, alpha=1.0 - beta2)
+        second: torch.Tensor = state["exp_avg_sq"].mul_(beta2).add_(squared, alpha=1.0 - beta2)
         return second.rsqrt().mul_(grad)
-    row = state["exp_avg_sq_row"].mul_(beta2).add_(squared.mean(dim=-1), alpha=1.0 - beta2)
-    col = state["exp_avg_sq_col"].mul_(beta2).add_(squared.mean(dim=-2), alpha=1.0 - beta2)
+    row: torch.Tensor = (
+        state["exp_avg_sq_row"].mul_(beta2).add_(squared.mean(dim=-1), alpha=1.0 - beta2)
+    )
+    col: torch.Tensor = (
+        state["exp_avg_sq_col"].mul_(beta2).add_(squared.mean(dim=-2), alpha=1.0 - beta2)
+    )
     row_factor = (row / row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
     return row_factor * col.rsqrt().unsqueeze(-2) * grad

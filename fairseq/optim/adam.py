@@ -15,7 +15,7 @@ from fairseq.optim.fairseq_optimizer import FairseqOptimizer, Params, first_lr
 from fairseq.optim.float32_step import Float32Step, Tensors
 from fairseq.registry import OPTIMIZERS
 
-__all__ = ["Adam", "FairseqAdam", "FairseqAdamConfig", "number_pair"]
+__all__ = ["Adam", "FairseqAdam", "FairseqAdamConfig", "fused_update", "number_pair"]
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Adam(Float32Step):
         for state in states:
             state["step"] += 1
         if self.fused and values[0].is_cuda and len({state["step"] for state in states}) == 1:
-            _fused_update(group, states, values, grads)
+            fused_update(group, states, values, grads)
             return
         beta1, beta2 = group["betas"]
         first = [state["exp_avg"] for state in states]
@@ -145,7 +145,7 @@ def _step_size(lr: float, beta1: float, beta2: float, step: int) -> float:
     return lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
 
-def _fused_update(
+def fused_update(
     group: dict[str, Any], states: list[dict[str, Any]], values: Tensors, grads: Tensors
 ) -> None:
     """Takes the step with torch's AdamW kernel.

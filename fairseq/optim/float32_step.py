@@ -29,7 +29,7 @@ class Float32Step(torch.optim.Optimizer):
     supports_flat_params = True
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self, closure: Callable[[], Any] | None = None, *, scale: float | torch.Tensor = 1.0
     ) -> Any:
         """Takes one step.

@@ -6,7 +6,7 @@ from torch import nn
 
 from fairseq.optim import FairseqOptimizer, build_optimizer
 from fairseq.optim.adafactor import Adafactor
-from fairseq.optim.adam import Adam, number_pair
+from fairseq.optim.adam import Adam, fused_update, number_pair
 from fairseq.optim.adamax import Adamax
 from fairseq.optim.nag import NAG
 from fairseq.registry import OPTIMIZERS
@@ -139,6 +139,21 @@ def test_adam_equals_its_rule(decay):
         assert torch.equal(optimizer.state[p]["exp_avg_sq"], s)
         torch.testing.assert_close(p.double(), e, rtol=1e-5, atol=1e-6)
     assert optimizer.state[params[1]]["step"] == len(RATES) - 1
+
+
+def test_the_fused_kernel_follows_the_rule():
+    """The kernel a GPU takes, run on the CPU; a large epsilon shows where it is added."""
+    params, grads = random_run()
+    params, grads = params[:1], [step[:1] for step in grads]
+    exact, _, _ = adam_loop(copies(params, torch.float64), grads, (0.9, 0.98), 0.1, 0.1)
+    group = {"betas": (0.9, 0.98), "eps": 0.1, "weight_decay": 0.1}
+    zeros = torch.zeros_like(params[0])
+    state = {"step": 0, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    with torch.no_grad():
+        for lr, step_grads in zip(RATES, grads, strict=True):
+            state["step"] += 1
+            fused_update({**group, "lr": lr}, [state], params, step_grads)
+    torch.testing.assert_close(params[0].double(), exact[0], rtol=1e-5, atol=1e-6)
 
 
 def test_buckets_do_not_change_numbers(monkeypatch):
