@@ -59,7 +59,7 @@ def _name_in(registry: Registry) -> Callable[[str], str]:
     return check
 
 
-def get_parser(description: str, default_task: str | None = "translation") -> CommandParser:
+def get_parser(description: str, default_task: str | None = "language_modeling") -> CommandParser:
     """Returns a parser with the options that every command has."""
     parser = CommandParser(description=description)
     parser.add_argument(
@@ -131,7 +131,7 @@ def get_preprocessing_parser(default_task: str | None = "translation") -> Comman
     return parser
 
 
-def get_training_parser(default_task: str | None = "translation") -> CommandParser:
+def get_training_parser(default_task: str | None = "language_modeling") -> CommandParser:
     """Returns the parser of fairseq-train."""
     parser = get_parser("Train a model.", default_task)
     parser.add_dataclass("dataset and batches", DatasetConfig)
@@ -236,7 +236,7 @@ def _unrecognized(parser: CommandParser, unknown: list[str]) -> str:
 def _refuse_unsupported_names(parser: CommandParser, args: argparse.Namespace) -> None:
     for name, registry in {**COMPONENT_REGISTRIES, "task": TASKS, "arch": ARCHITECTURES}.items():
         chosen = getattr(args, name, None)
-        if chosen in registry.unsupported and chosen != registry.default:
+        if chosen in registry.unsupported and chosen != parser.get_default(name):
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} {chosen} is not supported: {registry.unsupported[chosen]}")
 

@@ -193,7 +193,7 @@ TASKS = Registry(
     "task",
     _table("fairseq.tasks", "language_modeling"),
     base_class="fairseq.tasks.fairseq_task:FairseqTask",
-    default=None,
+    unsupported={"translation": "this project trains and evaluates language models"},
 )
 
 MODELS = Registry(

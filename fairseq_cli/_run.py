@@ -13,11 +13,22 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
-__all__ = ["run_command"]
+__all__ = ["run_command", "set_up_logging"]
 
 _OURS = Path(__file__).resolve().parent.parent
 _RAISED_FOR_USERS = (ValueError, TypeError, FloatingPointError, ImportError, RuntimeError)
+
+
+def set_up_logging(stream: TextIO | None = None) -> None:
+    """Sends the log to a stream, standard output if none is given; LOGLEVEL sets the level."""
+    logging.basicConfig(
+        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        level=os.environ.get("LOGLEVEL", "INFO").upper(),
+        stream=stream or sys.stdout,
+    )
 
 
 def _is_for_the_user(error: BaseException) -> bool:

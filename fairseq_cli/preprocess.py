@@ -25,29 +25,26 @@ from fairseq.data import indexed_dataset
 from fairseq.data.alignments import most_frequent_translations
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.text_file import check_text_file, map_chunks
+from fairseq.logging.progress_bar import log_to_file
 from fairseq.registry import TASKS
-from fairseq_cli._run import run_command
+from fairseq_cli._run import run_command, set_up_logging
 
 __all__ = ["cli_main", "main"]
 
 logger = logging.getLogger("fairseq_cli.preprocess")
 
-_LOG_FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
 _TASKS_WITH_PLAIN_DICTIONARY = ("translation", "language_modeling")
 
 
 def cli_main() -> None:
     """Runs fairseq-preprocess with the arguments of the process."""
-    logging.basicConfig(
-        format=_LOG_FORMAT,
-        datefmt="%Y-%m-%d %H:%M:%S",
-        level=os.environ.get("LOGLEVEL", "INFO").upper(),
-        stream=sys.stdout,
-    )
-    parser = options.get_preprocessing_parser(default_task="language_modeling")
+    set_up_logging()
+    parser = options.get_preprocessing_parser()
     args = options.parse_args(parser)
     if args.dataset_impl not in indexed_dataset.get_available_dataset_impl():
         parser.error(f"--dataset-impl {args.dataset_impl} is not supported; use mmap")
+    if args.log_file is not None:
+        log_to_file(args.log_file)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run_command(lambda: main(args))
 
