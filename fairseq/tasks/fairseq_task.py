@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairseq.data.data_utils import numpy_seed
+from fairseq.data.data_utils import numpy_seed, split_paths
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.fairseq_dataset import FairseqDataset
 from fairseq.data.iterators import EpochBatchIterator
@@ -61,7 +60,7 @@ class FairseqTask:
 
     def has_sharded_data(self, split: str) -> bool:
         """Tells whether epochs of a split take turns over several data folders."""
-        return os.pathsep in (getattr(self.cfg, "data", None) or "")
+        return len(split_paths(getattr(self.cfg, "data", None) or "")) > 1
 
     def load_dataset(
         self, split: str, epoch: int = 1, combine: bool = False, task_cfg: Any = None, **kwargs: Any

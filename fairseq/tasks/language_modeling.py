@@ -332,7 +332,7 @@ def _not_found(split: str, path: str, folder: str, impl: str | None) -> str:
     message = f"Dataset not found: {split} ({path})"
     if not os.path.isdir(folder):
         return f"{message}; there is no folder {folder}"
-    there = [name for name in available_splits(folder) if name != "dict"]
+    there = available_splits(folder)
     if split in there:
         return f"{message}; there is data of another format than --dataset-impl {impl}"
     return f"{message}; this folder has {', '.join(there) or 'no data'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 import shutil
 from pathlib import Path
 
@@ -146,6 +147,14 @@ def test_a_split_is_cut_into_blocks(caplog):
     task.datasets["odd"] = [1, 2]
     with pytest.raises(TypeError, match="FairseqDataset"):
         task.dataset("odd")
+
+
+def test_a_split_can_be_sent_to_another_process():
+    task = task_of()
+    task.load_dataset("valid")
+    dataset = task.dataset("valid")
+    sent = pickle.loads(pickle.dumps(dataset))
+    assert [i["target"].tolist() for i in sent] == [i["target"].tolist() for i in dataset]
 
 
 def test_epochs_take_turns_over_the_folders(folder):
