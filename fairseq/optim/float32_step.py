@@ -9,8 +9,12 @@ import torch
 
 __all__ = ["Float32Step"]
 
-MAX_BUCKET_ELEMENTS = 1 << 22
-"""Parameters are updated together until they have this many elements, which bounds temporaries."""
+MAX_BUCKET_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
+"""Parameters are updated together until they have this many elements.
+
+On a CPU a bucket should stay in the cache over all operations of an update; on a GPU few and large
+kernels are best, and the bound is one on the temporaries.
+"""
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -102,7 +106,8 @@ def _buckets(params: Tensors) -> Iterator[Tensors]:
             continue
         if parameter.grad.is_sparse:
             raise ValueError("this optimizer does not take sparse gradients; use --optimizer sgd")
-        is_full = num_elements + parameter.numel() > MAX_BUCKET_ELEMENTS
+        limit = MAX_BUCKET_ELEMENTS.get(parameter.device.type, 0)
+        is_full = num_elements + parameter.numel() > limit
         if bucket and (is_full or not _are_alike(bucket[0], parameter)):
             yield bucket
             bucket, num_elements = [], 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq.optim import FairseqOptimizer, build_optimizer
+from fairseq.optim import FairseqOptimizer, build_optimizer, float32_step
 from fairseq.optim.adafactor import Adafactor
 from fairseq.optim.adam import Adam, fused_update, number_pair
 from fairseq.optim.adamax import Adamax
@@ -157,7 +157,7 @@ def test_the_fused_kernel_follows_the_rule():
 
 
 def test_buckets_do_not_change_numbers(monkeypatch):
-    monkeypatch.setattr("fairseq.optim.float32_step.MAX_BUCKET_ELEMENTS", 6)
+    monkeypatch.setitem(float32_step.MAX_BUCKET_ELEMENTS, "cpu", 6)
     params, grads = random_run()
     loop, _, _ = adam_loop(copies(params, torch.float32), grads, (0.9, 0.98), 1e-8, 0.0)
     take_steps(Adam(params, lr=0.5, betas=(0.9, 0.98)), params, grads)
