@@ -14,6 +14,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 )
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
+from fairseq.modules.adaptive_softmax import AdaptiveSoftmax as AdaptiveSoftmaxOfModels
 from fairseq.registry import CRITERIONS
 
 PAD = 1
@@ -172,6 +173,46 @@ def test_a_batch_without_rare_words_needs_no_tails():
     loss, _, _ = AdaptiveLoss(Task())(model, make_sample([[0, 3]], [[2, 3]]))
     loss.backward()
     assert model.decoder.adaptive_softmax.tails[0].weight.grad is None
+
+
+class RealAdaptiveModel(AdaptiveModel):
+    """The same with the project's adaptive softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder.adaptive_softmax = AdaptiveSoftmaxOfModels(12, 6, [4, 9], 0.0, factor=2.0)
+
+    def get_normalized_probs(self, net_output, log_probs, sample=None):
+        return self.decoder.adaptive_softmax.get_log_prob(net_output[0], None)
+
+
+def test_every_criterion_works_with_the_adaptive_softmax_of_models():
+    model, sample = RealAdaptiveModel(), make_sample(SOURCE, TARGET)
+    lprobs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True).double()
+    rows = lprobs.view(-1, 12).detach()
+    targets = [t for row in TARGET for t in row]
+    nll = [-row[t].item() for row, t in zip(rows, targets, strict=True) if t != PAD]
+    loss, _, _ = CrossEntropyCriterion(Task())(model, sample)
+    assert loss.item() == pytest.approx(sum(nll), rel=1e-6)
+    tails = {
+        5: model.decoder.adaptive_softmax.tail[0],
+        10: model.decoder.adaptive_softmax.tail[1],
+    }
+    left_out = sum(
+        -torch.log_softmax(tails[t](model.embed.weight[s]), dim=0)[1].item()
+        for s, t in zip((s for row in SOURCE for s in row), targets, strict=True)
+        if t in tails
+    )
+    adaptive, _, _ = AdaptiveLoss(Task())(model, sample)
+    assert adaptive.item() == pytest.approx(sum(nll) - left_out, rel=1e-6)
+    criterion = LabelSmoothedCrossEntropyCriterion(Task(), label_smoothing=0.1)
+    smooth, _, _ = criterion(model, sample)
+    expected = sum(smoothed(row, t, 0.1) for row, t in zip(rows, targets, strict=True) if t != PAD)
+    assert smooth.item() == pytest.approx(expected, rel=1e-6)
+    for value in (loss, adaptive, smooth):
+        model.zero_grad()
+        value.backward()
+        assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize(("sentence_avg", "expected"), [(False, 9), (True, 2)])
