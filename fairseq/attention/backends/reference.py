@@ -1,0 +1,37 @@
+"""Attention as it is written in papers: two products with a softmax in between."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fairseq.attention.backends.base import Prepared
+from fairseq.attention.backends.dense import DenseBackend, DensePrepared
+
+__all__ = ["ReferenceBackend"]
+
+
+class ReferenceBackend(DenseBackend):
+    """Forms every score; the softmax is computed in float32."""
+
+    name = "reference"
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        prepared: Prepared,
+        *,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        assert isinstance(prepared, DensePrepared)
+        scale = q.size(-1) ** -0.5 if scale is None else scale
+        scores = torch.matmul(q * scale, k.transpose(-2, -1))  # (B, H, T, S)
+        scores += prepared.mask
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        if dropout_p > 0:
+            weights = F.dropout(weights, dropout_p)
+        out = torch.matmul(weights, v)  # (B, H, T, K)
+        return out if prepared.is_blind is None else out.masked_fill(prepared.is_blind, 0.0)

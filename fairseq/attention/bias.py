@@ -1,0 +1,109 @@
+"""What is added to attention scores, as a function of positions.
+
+A bias is a small object without any L x L tensor in it; an attention backend turns it into what its
+kernel needs. Shapes: `B` rows, `H` heads, `T` queries, `S` keys.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["AttentionBias", "LinearBias", "Positions", "ZeroBias", "position_tensor"]
+
+Positions = torch.Tensor | range
+"""Positions of queries or keys: a `range`, or a tensor (T,) or (B, T). A range says, without
+looking at data, that the positions are evenly spaced and shared by all rows."""
+
+
+def position_tensor(positions: Positions, device: torch.device | None = None) -> torch.Tensor:
+    """Returns positions as a tensor of float32, in which whole numbers are exact up to 2**24."""
+    if isinstance(positions, range):
+        start, stop, step = positions.start, positions.stop, positions.step
+        return torch.arange(start, stop, step, dtype=torch.float32, device=device)
+    return positions.to(device=device, dtype=torch.float32)
+
+
+class AttentionBias(ABC):
+    """A term for each head, query position and key position, added before the softmax.
+
+    Attributes:
+        num_heads: number of heads.
+        is_learned: whether gradients flow into the bias; such a bias is never cached.
+    """
+
+    num_heads: int
+    is_learned: bool = False
+
+    @abstractmethod
+    def dense(
+        self,
+        query_positions: Positions,
+        key_positions: Positions,
+        *,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
+        """Returns the bias as a new tensor, (H, T, S) or (B, H, T, S), in float32.
+
+        A term that is the same for all heads, or all queries, may have size 1 there.
+        """
+
+    @abstractmethod
+    def heads(self, which: slice) -> AttentionBias:
+        """Returns the bias of some of the heads, for a worker that computes only those."""
+
+
+class ZeroBias(AttentionBias):
+    """No bias: the method tells the order of tokens elsewhere, or not at all."""
+
+    def __init__(self, num_heads: int) -> None:
+        self.num_heads = num_heads
+
+    def dense(
+        self,
+        query_positions: Positions,
+        key_positions: Positions,
+        *,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
+        query = position_tensor(query_positions, device)
+        key = position_tensor(key_positions, device)
+        shape = torch.broadcast_shapes(query.unsqueeze(-1).shape, key.unsqueeze(-2).shape)
+        return torch.zeros(shape, device=device).unsqueeze(-3)  # (1, T, S) or (B, 1, T, S)
+
+    def heads(self, which: slice) -> ZeroBias:
+        return ZeroBias(len(range(*which.indices(self.num_heads))))
+
+
+class LinearBias(AttentionBias):
+    """A penalty in proportion to distance: -slope * |query position - key position|.
+
+    Distance is relative, so that a term is as small as it can be where it matters: the absolute
+    form slope * key position differs by a constant for each query, which softmax cancels, but is
+    wrong in half precision beyond a few hundred positions.
+
+    Args:
+        slopes: one number for each head.
+    """
+
+    def __init__(self, slopes: Sequence[float] | torch.Tensor) -> None:
+        self.slopes = torch.as_tensor(slopes, dtype=torch.float32, device="cpu")  # (H,)
+        self.num_heads = len(self.slopes)
+
+    def dense(
+        self,
+        query_positions: Positions,
+        key_positions: Positions,
+        *,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
+        query = position_tensor(query_positions, device)
+        key = position_tensor(key_positions, device)
+        distance = (query.unsqueeze(-1) - key.unsqueeze(-2)).abs_()  # (T, S) or (B, T, S)
+        slopes = -self.slopes.to(distance.device).view(-1, 1, 1)
+        return slopes * distance.unsqueeze(-3)  # (H, T, S) or (B, H, T, S)
+
+    def heads(self, which: slice) -> LinearBias:
+        return LinearBias(self.slopes[which])

@@ -1,0 +1,308 @@
+"""A transformer decoder for language models, from token ids to scores.
+
+No position embeddings: the relative bias is made once, before the layer loop, joined with the
+causal mask in a buffered future mask; every layer only adds what it is handed. Other position
+methods come in through the same three calls: `embed`, `rotate`, `bias`.
+
+Shapes: `B` rows, `T` new tokens, `S` tokens so far (S = T but in incremental decoding), `D` width,
+`H` heads, `V` words.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from fairseq.attention import BIDIRECTIONAL, CAUSAL, MaskRule, Prepared, get_backend
+from fairseq.attention.backends.dense import DenseBackend
+from fairseq.attention.backends.reference import ReferenceBackend
+from fairseq.models import upgrade
+from fairseq.models.base import FairseqIncrementalDecoder
+from fairseq.modules import (
+    AdaptiveInput,
+    AdaptiveSoftmax,
+    FairseqDropout,
+    IncrementalState,
+    LayerDropModuleList,
+    LayerNorm,
+    Linear,
+    PositionalEmbedding,
+    TransformerDecoderLayer,
+    checkpoint_wrapper,
+)
+from fairseq.modules.cutoffs import parse_cutoffs
+from fairseq.positions import PositionMethod, Surroundings, find_method
+
+__all__ = ["TransformerDecoder"]
+
+
+class TransformerDecoder(FairseqIncrementalDecoder):
+    """Embeds tokens, transforms them layer by layer, and scores the next ones.
+
+    Args:
+        cfg: settings with the names of `TransformerLanguageModelConfig`.
+        dictionary: of the words it predicts.
+        embed_tokens: input embeddings, a table or an `AdaptiveInput`.
+
+    Raises:
+        ValueError: settings contradict each other; the message names the options.
+    """
+
+    def __init__(
+        self, cfg: Any, dictionary: Any, embed_tokens: nn.Embedding | AdaptiveInput
+    ) -> None:
+        super().__init__(dictionary)
+        # 3 says that there is a final norm where the settings want one, see `upgrade`.
+        self.register_buffer("version", torch.full((1,), 3.0))
+        width = cfg.decoder_embed_dim
+        self.padding_idx = embed_tokens.padding_idx
+        self.max_target_positions = cfg.max_target_positions
+        self.dropout_module = FairseqDropout(cfg.dropout, type(self).__name__)
+        self.embed_tokens = embed_tokens
+        self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(width)
+        input_dim = embed_tokens.embedding_dim
+        self.project_in_dim = Linear(input_dim, width, bias=False) if input_dim != width else None
+        self.embed_positions = self._build_position_table(cfg)
+        self.layernorm_embedding = LayerNorm(width) if cfg.layernorm_embedding else None
+        self.layers = self._build_layers(cfg)
+        has_final_norm = cfg.decoder_normalize_before and not cfg.no_decoder_final_norm
+        self.layer_norm: nn.LayerNorm | None = LayerNorm(width) if has_final_norm else None
+        output_dim = cfg.decoder_output_dim
+        projects_out = output_dim != width and not cfg.tie_adaptive_weights
+        self.project_out_dim = Linear(width, output_dim, bias=False) if projects_out else None
+        self.adaptive_softmax: AdaptiveSoftmax | None = None
+        self.output_projection: nn.Linear | None = None
+        self._build_output(cfg)
+        self.positions = self._build_position_method(cfg)
+        self.backend = get_backend(cfg.attention_backend)
+        is_dense = isinstance(self.backend, DenseBackend)
+        self._masks = self.backend if is_dense else ReferenceBackend()
+
+    def _build_position_table(self, cfg: Any) -> Any:
+        """Makes the table that checkpoints have a key for, whether the method reads it or not."""
+        method = find_method(cfg.position_method)
+        if cfg.no_token_positional_embeddings or method.name == "none":
+            return None
+        learned = method.name == "learned" if method.uses_table else cfg.decoder_learned_pos
+        limit = cfg.max_target_positions
+        if limit is None:
+            if learned:
+                raise ValueError(
+                    "learned position embeddings need a size; set --max-target-positions or "
+                    "--tokens-per-sample"
+                )
+            limit = 1024
+        return PositionalEmbedding(limit, cfg.decoder_embed_dim, self.padding_idx, learned)
+
+    def _build_position_method(self, cfg: Any) -> PositionMethod:
+        surroundings = Surroundings(
+            num_heads=cfg.decoder_attention_heads,
+            padding_idx=self.padding_idx,
+            table=self.embed_positions,
+        )
+        return find_method(cfg.position_method)(surroundings)
+
+    def _build_layers(self, cfg: Any) -> nn.ModuleList:
+        layers = LayerDropModuleList(cfg.decoder_layerdrop) if cfg.decoder_layerdrop > 0 else None
+        layers = nn.ModuleList() if layers is None else layers
+        for _ in range(cfg.decoder_layers):
+            layer = self.build_decoder_layer(cfg)
+            if cfg.checkpoint_activations or cfg.offload_activations:
+                layer = checkpoint_wrapper(layer, cfg.offload_activations)
+            layers.append(layer)
+        return layers
+
+    def build_decoder_layer(self, cfg: Any) -> nn.Module:
+        """Makes one layer."""
+        return TransformerDecoderLayer(cfg)
+
+    def _build_output(self, cfg: Any) -> None:
+        if cfg.adaptive_softmax_cutoff is not None:
+            self.adaptive_softmax = AdaptiveSoftmax(
+                len(self.dictionary),
+                cfg.decoder_output_dim,
+                parse_cutoffs(cfg.adaptive_softmax_cutoff, "--adaptive-softmax-cutoff"),
+                dropout=cfg.adaptive_softmax_dropout,
+                factor=cfg.adaptive_softmax_factor,
+                adaptive_inputs=self.embed_tokens if cfg.tie_adaptive_weights else None,
+                tie_proj=cfg.tie_adaptive_proj,
+            )
+            return
+        shape = (cfg.decoder_output_dim, len(self.dictionary))
+        self.output_projection = nn.Linear(*shape, bias=False)
+        if cfg.share_decoder_input_output_embed:
+            self.output_projection.weight = self.embed_tokens.weight
+        else:
+            nn.init.normal_(self.output_projection.weight, mean=0, std=shape[0] ** -0.5)
+
+    def forward(
+        self,
+        prev_output_tokens: torch.Tensor,
+        encoder_out: None = None,
+        incremental_state: IncrementalState | None = None,
+        features_only: bool = False,
+        full_context_alignment: bool = False,
+        src_lengths: torch.Tensor | None = None,
+        return_all_hiddens: bool = False,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Computes the output for the new tokens.
+
+        Args:
+            prev_output_tokens: ids of all tokens so far, (B, S).
+            encoder_out: has to be None; this decoder attends to no encoder.
+            incremental_state: keys and values of the tokens of earlier calls; `{}` at first.
+            features_only: leave out the output layer.
+            full_context_alignment: let every token see those after it.
+            src_lengths: not needed, since padding is known by its id; part of every batch.
+            return_all_hiddens: collect the output of every layer.
+
+        Returns:
+            (logits (B, T, V), or features (B, T, D) if asked for or if there is an adaptive
+            softmax; {"attn": [None], "inner_states": [(B, T, D), ...]}).
+
+        Raises:
+            ValueError: an encoder's output is given, or no token is new.
+        """
+        if encoder_out is not None:
+            raise ValueError("encoder_out is given, but a language model attends to no encoder")
+        features, extra = self.extract_features(
+            prev_output_tokens,
+            incremental_state=incremental_state,
+            full_context_alignment=full_context_alignment,
+            return_all_hiddens=return_all_hiddens,
+        )
+        return (features if features_only else self.output_layer(features)), extra
+
+    def extract_features(
+        self,
+        prev_output_tokens: torch.Tensor,
+        encoder_out: None = None,
+        incremental_state: IncrementalState | None = None,
+        full_context_alignment: bool = False,
+        src_lengths: torch.Tensor | None = None,
+        return_all_hiddens: bool = False,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Computes what the output layer reads; see `forward`."""
+        num_cached = self._num_cached(prev_output_tokens, incremental_state)
+        x = self.embed(prev_output_tokens, num_cached)  # (B, T, D)
+        rule = BIDIRECTIONAL if full_context_alignment else CAUSAL
+        prepared = self.prepare_attention(x, prev_output_tokens, num_cached, rule)
+        inner_states = [x] if return_all_hiddens else []
+        for layer in self.layers:
+            x = layer(x, prepared, incremental_state)
+            if return_all_hiddens:
+                inner_states.append(x)
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        if self.project_out_dim is not None:
+            x = self.project_out_dim(x)
+        return x, {"attn": [None], "inner_states": inner_states}
+
+    def embed(self, tokens: torch.Tensor, num_cached: int = 0) -> torch.Tensor:
+        """Embeds the tokens (B, S) from column `num_cached` on, as (B, T, D)."""
+        x = self.embed_scale * self.embed_tokens(tokens[:, num_cached:])
+        if self.project_in_dim is not None:
+            x = self.project_in_dim(x)
+        x = self.positions.embed(x, tokens)
+        if self.layernorm_embedding is not None:
+            x = self.layernorm_embedding(x)
+        return self.dropout_module(x)
+
+    def prepare_attention(
+        self,
+        x: torch.Tensor,
+        tokens: torch.Tensor,
+        num_cached: int = 0,
+        rule: MaskRule = CAUSAL,
+    ) -> Prepared:
+        """Makes, once for all layers, what is added to attention scores.
+
+        Args:
+            x: embeddings of the new tokens, (B, T, D).
+            tokens: ids of all tokens so far, (B, S).
+            num_cached: tokens of earlier calls, S - T.
+            rule: who may see whom.
+        """
+        is_padding = tokens.eq(self.padding_idx)  # (B, S)
+        num_tokens = tokens.size(1)
+        query_positions = range(num_cached, num_tokens)
+        prepared = self.backend.prepare(
+            self.positions.bias(),
+            query_positions,
+            range(num_tokens),
+            rule=rule,
+            key_is_padding=is_padding if bool(is_padding.any()) else None,
+            dtype=x.dtype,
+            device=x.device,
+        )
+        prepared.rotate = functools.partial(self.positions.rotate, positions=query_positions)
+        return prepared
+
+    def buffered_future_mask(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the causal mask with the bias in it, for inputs like `x`.
+
+        It is kept and cut to length, and made again for a longer input or another dtype or device.
+        It is made from relative distance in float32 and cast last. Not part of the state dict.
+
+        Args:
+            x: (B, T, D); its length, dtype and device count.
+
+        Returns:
+            (H, T, T): the bias of head h where key j may be seen by query i, else -inf.
+        """
+        return self._masks.future_mask(
+            self.positions.bias(), x.size(1), dtype=x.dtype, device=x.device
+        )
+
+    def output_layer(self, features: torch.Tensor) -> torch.Tensor:
+        """Turns features (B, T, D) into logits (B, T, V).
+
+        With an adaptive softmax the features are returned as they are: it is applied by the
+        criterion, or by `get_normalized_probs`.
+        """
+        return features if self.output_projection is None else self.output_projection(features)
+
+    def max_positions(self) -> int | None:
+        """Returns the longest input that training and validation let through."""
+        limits = [self.max_target_positions, self.position_limit]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def position_limit(self) -> int | None:
+        """The longest input that can be computed at all; None is any length."""
+        if not self.positions.uses_table:
+            return None
+        return getattr(self.embed_positions, "max_positions", None)
+
+    def _num_cached(self, tokens: torch.Tensor, incremental_state: IncrementalState | None) -> int:
+        num_cached = 0
+        if incremental_state is not None and len(self.layers) > 0:
+            num_cached = self.layers[0].self_attn.num_cached(incremental_state)
+        if num_cached and num_cached >= tokens.size(1):
+            raise ValueError(
+                f"incremental decoding takes all tokens so far: the state holds {num_cached}, so "
+                f"{num_cached + 1} or more are needed, but {tokens.size(1)} are given"
+            )
+        return num_cached
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
+        """Brings a state dict up to date, in which this decoder's names start with `name`."""
+        upgrade.fit_position_table(
+            state_dict, f"{name}.embed_positions", self.embed_positions, self.positions.uses_table
+        )
+        output = f"{name}.output_projection.weight"
+        if self.output_projection is not None and output not in state_dict:
+            is_shared = self.output_projection.weight is getattr(self.embed_tokens, "weight", None)
+            if is_shared:
+                state_dict[output] = state_dict[f"{name}.embed_tokens.weight"]
+            elif f"{name}.embed_out" in state_dict:
+                state_dict[output] = state_dict.pop(f"{name}.embed_out")
+        upgrade.rename_layer_norms(state_dict, name)
+        version = state_dict.get(f"{name}.version")
+        if version is None or float(version.reshape(-1)[0]) <= 2:
+            self.layer_norm = None
+            state_dict[f"{name}.version"] = torch.ones(1)

@@ -1,0 +1,148 @@
+"""Brings state dicts of older versions up to date, and leaves out layers that are not wanted.
+
+Each rule works in place on a dictionary of names and tensors. Modules with rules of their own have
+a method `upgrade_state_dict_named(state_dict, name)`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = [
+    "fit_position_table",
+    "layers_to_keep",
+    "prune_layers",
+    "rename_layer_norms",
+    "upgrade_state_dict",
+]
+
+_LAYER = re.compile(r"^(.*\.layers\.)(\d+)(\..*)$")
+_OLD_LAYER_NORM = re.compile(r"^(.*\.layers\.\d+\.)layer_norms\.([012])(\..*)$")
+_LAYER_NORM_NAMES = {
+    "0": "self_attn_layer_norm",
+    "1": "encoder_attn_layer_norm",
+    "2": "final_layer_norm",
+}
+
+
+def upgrade_state_dict(module: nn.Module, state_dict: dict[str, Any], name: str = "") -> None:
+    """Applies the rules of every part of a module.
+
+    Args:
+        module: where the state dict is to be loaded.
+        state_dict: changed in place.
+        name: what the module's names in the state dict start with, without the last dot.
+    """
+    prefix = name + "." if name else ""
+    for child_name, child in module.named_children():
+        path = prefix + child_name
+        if hasattr(child, "upgrade_state_dict_named"):
+            child.upgrade_state_dict_named(state_dict, path)
+        elif hasattr(child, "upgrade_state_dict"):
+            child.upgrade_state_dict(state_dict)
+        upgrade_state_dict(child, state_dict, path)
+
+
+def rename_layer_norms(state_dict: dict[str, Any], name: str) -> None:
+    """Renames the numbered layer norms of old checkpoints."""
+    for key in list(state_dict):
+        found = _OLD_LAYER_NORM.match(key)
+        if found and key.startswith(name + "."):
+            start, number, end = found.groups()
+            state_dict[f"{start}{_LAYER_NORM_NAMES[number]}{end}"] = state_dict.pop(key)
+
+
+def fit_position_table(
+    state_dict: dict[str, Any], name: str, table: nn.Module | None, is_used: bool
+) -> None:
+    """Fits the keys of the position table to those of the model.
+
+    A table that the model does not read may be absent from a checkpoint or present in it. A
+    learned table takes the size it has in the checkpoint: the length limit of a trained model is
+    that of its table, whatever `--max-target-positions` says later.
+
+    Args:
+        state_dict: changed in place.
+        name: what the names of the table start with, without the last dot.
+        table: the position embeddings of the model.
+        is_used: whether the model reads them.
+    """
+    state_dict.pop(f"{name}.weights", None)
+    weight = getattr(table, "weight", None)
+    if weight is None:
+        stored_weight = state_dict.get(f"{name}.weight")
+        if stored_weight is not None and not is_used:
+            del state_dict[f"{name}.weight"]
+        state_dict.pop(f"{name}._float_tensor", None)
+        if table is not None:
+            state_dict[f"{name}._float_tensor"] = torch.zeros(1)
+        return
+    state_dict.pop(f"{name}._float_tensor", None)
+    stored = state_dict.get(f"{name}.weight")
+    if stored is None:
+        if not is_used:
+            state_dict[f"{name}.weight"] = weight.detach()
+    elif stored.shape != weight.shape and stored.shape[1:] == weight.shape[1:]:
+        # The parameter stays the same object, which an optimizer may know already.
+        weight.data = weight.data.new_zeros(stored.shape)
+
+
+def prune_layers(state_dict: dict[str, Any], cfg: Any) -> dict[str, Any]:
+    """Keeps the layers that `decoder_layers_to_keep` lists, numbered anew from 0.
+
+    The setting is cleared then, since the model that is saved next has no other layers.
+
+    Args:
+        state_dict: names and tensors.
+        cfg: settings of the model; None keeps everything.
+
+    Returns:
+        The state dict, or a smaller one. One that has no more layers than are listed was pruned
+        before and is returned as it is.
+
+    Raises:
+        ValueError: a listed layer does not exist.
+    """
+    listed = getattr(cfg, "decoder_layers_to_keep", None)
+    if not listed:
+        return state_dict
+    keep = layers_to_keep(listed)
+    present = sorted({int(m.group(2)) for m in map(_LAYER.match, state_dict) if m})
+    if len(present) == len(keep):
+        cfg.decoder_layers_to_keep = None
+        return state_dict
+    missing = [str(layer) for layer in keep if layer not in present]
+    if missing:
+        raise ValueError(
+            f"--decoder-layers-to-keep {listed}: the checkpoint has {len(present)} layers, counted "
+            f"from 0, but no {', '.join(missing)}"
+        )
+    renumbered = {old: new for new, old in enumerate(keep)}
+    pruned = {}
+    for key, value in state_dict.items():
+        found = _LAYER.match(key)
+        if not found:
+            pruned[key] = value
+        elif int(found.group(2)) in renumbered:
+            start, number, end = found.groups()
+            pruned[f"{start}{renumbered[int(number)]}{end}"] = value
+    cfg.decoder_layers_to_keep = None
+    return pruned
+
+
+def layers_to_keep(listed: str) -> list[int]:
+    """Reads a list of layers such as "0,2,4"; returns them ascending.
+
+    Raises:
+        ValueError: it is no list of different whole numbers from 0.
+    """
+    parts = [part.strip() for part in str(listed).split(",")]
+    if not all(part.isdigit() for part in parts) or len(set(map(int, parts))) != len(parts):
+        raise ValueError(
+            f"--decoder-layers-to-keep {listed!r} is not a list of different layers such as 0,2,4"
+        )
+    return sorted(map(int, parts))

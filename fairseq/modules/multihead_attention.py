@@ -1,0 +1,122 @@
+"""Self-attention with its four projections.
+
+Shapes: `B` rows, `T` new tokens, `S` tokens so far, `D` width, `H` heads, `K` = D / H head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fairseq.attention import Prepared, attend
+from fairseq.modules.basic import FairseqDropout
+from fairseq.modules.incremental_state import IncrementalState, StatefulModule
+
+__all__ = ["MultiheadAttention"]
+
+
+class MultiheadAttention(StatefulModule):
+    """Projects tokens to queries, keys and values, attends, and projects back.
+
+    Args:
+        embed_dim: width D.
+        num_heads: heads H; D must be a multiple of it.
+        dropout: probability that an attention weight is dropped in training.
+        bias: whether the projections have biases.
+
+    Raises:
+        ValueError: the heads do not divide the width.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, *, dropout: float = 0.0, bias: bool = True
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            divisors = [str(n) for n in range(1, min(embed_dim, 64) + 1) if embed_dim % n == 0]
+            raise ValueError(
+                f"--decoder-attention-heads {num_heads} does not divide --decoder-embed-dim "
+                f"{embed_dim}; possible numbers of heads are {', '.join(divisors)}"
+            )
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.dropout_module = FairseqDropout(dropout, type(self).__name__)
+        # In the order in which random numbers are drawn.
+        self.k_proj = nn.Linear(embed_dim, embed_dim, bias)
+        self.v_proj = nn.Linear(embed_dim, embed_dim, bias)
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights; q, k and v as parts of one projection, three times as wide."""
+        for projection in (self.k_proj, self.v_proj, self.q_proj):
+            nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        prepared: Prepared,
+        incremental_state: IncrementalState | None = None,
+    ) -> torch.Tensor:
+        """Attends from new tokens to all tokens so far.
+
+        Args:
+            x: new tokens, (B, T, D).
+            prepared: bias and mask for T queries and S keys.
+            incremental_state: keys and values of earlier tokens; those of the new ones are added.
+
+        Returns:
+            (B, T, D).
+        """
+        q = self._split_heads(self.q_proj(x))  # (B, H, T, K)
+        k = self._split_heads(self.k_proj(x))
+        v = self._split_heads(self.v_proj(x))
+        q, k = prepared.rotate(q, k)
+        if incremental_state is not None:
+            k, v = self._append(incremental_state, k, v, prepared.key_is_padding)  # (B, H, S, K)
+        out = attend(q, k, v, prepared, dropout_p=self.dropout_module.rate)  # (B, H, T, K)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        # The number of heads is left open: a worker may hold the projections of some heads only.
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _append(
+        self,
+        incremental_state: IncrementalState,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_is_padding: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Puts new keys and values behind those of earlier tokens; returns all of them."""
+        stored = self.get_incremental_state(incremental_state, "attn_state")
+        if stored is not None:
+            k = torch.cat([_tensor(stored["prev_key"]), k], dim=2)
+            v = torch.cat([_tensor(stored["prev_value"]), v], dim=2)
+        state = {"prev_key": k, "prev_value": v, "prev_key_padding_mask": key_is_padding}
+        self.set_incremental_state(incremental_state, "attn_state", state)
+        return k, v
+
+    def num_cached(self, incremental_state: IncrementalState | None) -> int:
+        """Returns how many tokens have their keys in the incremental state."""
+        stored = self.get_incremental_state(incremental_state, "attn_state")
+        return 0 if stored is None else _tensor(stored["prev_key"]).size(2)
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, torch.Tensor], name: str) -> None:
+        """Splits a joint projection of old checkpoints into q, k and v."""
+        prefix = name + "." if name else ""
+        for kind in ("weight", "bias"):
+            joint = state_dict.pop(f"{prefix}in_proj_{kind}", None)
+            if joint is not None:
+                for part, tensor in zip("qkv", joint.chunk(3), strict=True):
+                    state_dict[f"{prefix}{part}_proj.{kind}"] = tensor
+
+
+def _tensor(stored: torch.Tensor | None) -> torch.Tensor:
+    assert stored is not None
+    return stored

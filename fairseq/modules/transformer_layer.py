@@ -1,0 +1,65 @@
+"""One layer of a transformer decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fairseq.attention import Prepared
+from fairseq.modules.basic import FairseqDropout, LayerNorm, get_activation_fn
+from fairseq.modules.incremental_state import IncrementalState
+from fairseq.modules.multihead_attention import MultiheadAttention
+
+__all__ = ["TransformerDecoderLayer"]
+
+
+class TransformerDecoderLayer(nn.Module):
+    """Self-attention and a feed-forward net, each with layer norm, dropout and a residual sum.
+
+    The norms stand before the two parts if `decoder_normalize_before`, else after the sums.
+
+    Args:
+        cfg: settings with the names of `TransformerLanguageModelConfig`.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        width = cfg.decoder_embed_dim
+        self.embed_dim = width
+        self.normalize_before = cfg.decoder_normalize_before
+        self.activation_fn = get_activation_fn(cfg.activation_fn)
+        self.dropout_module = FairseqDropout(cfg.dropout, type(self).__name__)
+        self.activation_dropout_module = FairseqDropout(
+            cfg.activation_dropout or cfg.relu_dropout or 0.0, type(self).__name__
+        )
+        self.self_attn = MultiheadAttention(
+            width, cfg.decoder_attention_heads, dropout=cfg.attention_dropout
+        )
+        self.self_attn_layer_norm = LayerNorm(width)
+        self.fc1 = nn.Linear(width, cfg.decoder_ffn_embed_dim)
+        self.fc2 = nn.Linear(cfg.decoder_ffn_embed_dim, width)
+        self.final_layer_norm = LayerNorm(width)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        prepared: Prepared,
+        incremental_state: IncrementalState | None = None,
+    ) -> torch.Tensor:
+        """Transforms (B, T, D); `prepared` and the state are handed on to the attention."""
+        if self.normalize_before:
+            x = x + self._attend(self.self_attn_layer_norm(x), prepared, incremental_state)
+            return x + self._feed_forward(self.final_layer_norm(x))
+        x = self.self_attn_layer_norm(x + self._attend(x, prepared, incremental_state))
+        return self.final_layer_norm(x + self._feed_forward(x))
+
+    def _attend(
+        self, x: torch.Tensor, prepared: Prepared, incremental_state: IncrementalState | None
+    ) -> torch.Tensor:
+        return self.dropout_module(self.self_attn(x, prepared, incremental_state))
+
+    def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.activation_dropout_module(self.activation_fn(self.fc1(x)))
+        return self.dropout_module(self.fc2(x))

@@ -1,0 +1,33 @@
+"""Position methods that add a vector of a table to each token's embedding."""
+
+from __future__ import annotations
+
+import torch
+
+from fairseq.positions.base import PositionMethod, Surroundings, table_rows
+
+__all__ = ["AddedTable"]
+
+
+class AddedTable(PositionMethod):
+    """Adds row number n of the model's position table to the n-th token of a row.
+
+    Raises:
+        ValueError: the model was built without position embeddings.
+    """
+
+    uses_table = True
+
+    def __init__(self, model: Surroundings) -> None:
+        super().__init__(model)
+        if model.table is None:
+            raise ValueError(
+                f"--position-method {self.name} needs position embeddings; leave out "
+                "--no-token-positional-embeddings, or use --position-method none"
+            )
+        self._table = model.table
+        self._padding_idx = model.padding_idx
+
+    def embed(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        rows = table_rows(tokens, self._padding_idx)[:, -x.size(1) :]  # (B, T)
+        return x + self._table.lookup(rows).to(x.dtype)
