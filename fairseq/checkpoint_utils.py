@@ -30,6 +30,7 @@ from fairseq.checkpoint.writing import (
 from fairseq.dataclass.arguments import literal_dict
 from fairseq.dataclass.configs import CheckpointConfig, FairseqConfig
 from fairseq.dataclass.legacy import apply_overrides, config_from_dict, namespace_to_config
+from fairseq.models.upgrade import prune_layers as prune_state_dict
 
 __all__ = [
     "check_dictionary",
@@ -40,6 +41,7 @@ __all__ = [
     "load_ema_from_checkpoint",
     "load_model_ensemble",
     "load_model_ensemble_and_task",
+    "prune_state_dict",
     "save_checkpoint",
     "torch_persistent_save",
     "verify_checkpoint_directory",

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,16 @@ from fairseq.evaluation.word_stats import WordStat
 from fairseq.logging import progress_bar
 from fairseq_cli._run import run_command
 
-__all__ = ["WordStat", "cli_main", "eval_lm", "main", "move_to_device"]
+__all__ = [
+    "WordStat",
+    "add_position_option",
+    "cli_main",
+    "eval_lm",
+    "main",
+    "move_to_device",
+    "override_position_method",
+    "parse_arguments",
+]
 
 logger = logging.getLogger("fairseq_cli.eval_lm")
 
@@ -31,10 +41,18 @@ _MAX_TOKENS = 36000
 def cli_main() -> None:
     """Runs fairseq-eval-lm with the arguments of the process."""
     _set_up_logging()
-    parser = options.get_eval_lm_parser()
-    args = options.parse_args_and_arch(parser, modify_parser=add_position_option)
-    override_position_method(args)
+    args = parse_arguments()
     run_command(lambda: distributed_utils.call_main(namespace_to_config(args), main))
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses a command line; None takes that of the process."""
+    parser = options.get_eval_lm_parser()
+    args: argparse.Namespace = options.parse_args_and_arch(
+        parser, arguments, modify_parser=add_position_option
+    )
+    override_position_method(args)
+    return args
 
 
 def _set_up_logging() -> None:
