@@ -114,8 +114,9 @@ def _cut_whole_tensors(
 ) -> None:
     for name, own in model.state_dict().items():
         given = state_dict.get(prefix + name)
-        fits = isinstance(given, torch.Tensor) and given.shape == own.shape
-        if fits and isinstance(own, DTensor) and not isinstance(given, DTensor):
+        if not isinstance(given, torch.Tensor) or isinstance(given, DTensor):
+            continue
+        if isinstance(own, DTensor) and given.shape == own.shape:
             state_dict[prefix + name] = _cut_like(given, own)
 
 
