@@ -121,6 +121,7 @@ def main(cfg: Any, **unused: Any) -> dict[str, float]:
     task.load_dataset(subset)
     dataset = task.dataset(subset)
     logger.info(f"{cfg.task.data} {subset} {len(dataset):,} examples")
+    _check_lengths(models, dataset, cfg.task.tokens_per_sample, context_window)
     batches = _batches(cfg, task, dataset)
     progress = progress_bar.progress_bar(
         batches,
@@ -159,6 +160,21 @@ def _check_settings(cfg: Any) -> None:
         raise ValueError(
             f"--context-window {window} leaves no room for new tokens in windows of "
             f"--tokens-per-sample {length}; it must be smaller, {length - 1} at most"
+        )
+
+
+def _check_lengths(
+    models: list[torch.nn.Module], dataset: Any, block_length: int, context_window: int
+) -> None:
+    """Refuses rows that a model with a table of positions cannot take."""
+    limits = [getattr(getattr(m, "decoder", None), "position_limit", None) for m in models]
+    limit = utils.resolve_max_positions(*limits)
+    block = int(max(dataset.sizes))
+    longest = max(block, min(block, block_length) + context_window)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"a row of {longest} tokens is longer than the {limit} positions the model has "
+            f"learned; give --tokens-per-sample {limit} or less"
         )
 
 

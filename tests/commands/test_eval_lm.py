@@ -283,6 +283,20 @@ def test_a_file_with_flat_args_cannot_tell_and_is_taken_for_alibi(run, tmp_path)
     assert [w for w in result.warnings if "--position-method sinusoidal" in w]
 
 
+def test_rows_longer_than_a_learned_table_are_refused_before_evaluating(fail, run, tmp_path):
+    path = _upstream_copy(tmp_path, decoder_learned_pos=True)
+    state = torch.load(path, weights_only=True)
+    del state["model"]["decoder.embed_positions._float_tensor"]
+    state["model"]["decoder.embed_positions.weight"] = torch.zeros(66, 48)
+    torch.save(state, path)
+    command = f"bin/main --path {path} --gen-subset valid --batch-size 8"
+    assert run(f"{command} --tokens-per-sample 64 --context-window 32").num_tokens == 5601
+    for length in ("--tokens-per-sample 65", "--tokens-per-sample 96 --context-window 64"):
+        code, printed = fail(f"{command} {length}")
+        assert code == 1
+        assert "longer than the 64 positions the model has learned" in printed
+
+
 # ---- bad input: one message, exit 1 ----
 
 
