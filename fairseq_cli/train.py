@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import math
 import os
@@ -121,7 +122,22 @@ def _prepare_process(cfg: Any) -> None:
     utils.set_torch_seed(cfg.common.seed)
     if distributed_utils.is_master(cfg.distributed_training) and not cfg.checkpoint.no_save:
         checkpoint_utils.verify_checkpoint_directory(cfg.checkpoint.save_dir)
-        write_resolved_settings(cfg, Path(cfg.checkpoint.save_dir) / SETTINGS_FILE)
+        write_resolved_settings(
+            _settings_of_the_run(cfg), Path(cfg.checkpoint.save_dir) / SETTINGS_FILE
+        )
+
+
+def _settings_of_the_run(cfg: Any) -> Any:
+    """Returns the settings without other commands' and without this process's place."""
+    distributed = dataclasses.replace(
+        cfg.distributed_training,
+        distributed_init_method=None,
+        distributed_rank=0,
+        distributed_no_spawn=False,
+        device_id=0,
+    )
+    others = dict.fromkeys(("common_eval", "generation", "eval_lm", "interactive", "bmuf"))
+    return dataclasses.replace(cfg, distributed_training=distributed, **others)
 
 
 def _build(cfg: Any) -> tuple[Any, Any, Any]:
