@@ -244,7 +244,8 @@ def _file_to_restore(cfg: CheckpointConfig, suffix: str) -> tuple[str, Checkpoin
             f"loading the model's parameters from {cfg.finetune_from_model}; optimizer, learning "
             "rate schedule, averages and data start afresh"
         )
-        return cfg.finetune_from_model, dataclasses.replace(cfg, **dict.fromkeys(_RESETS, True))
+        everything: dict[str, Any] = dict.fromkeys(_RESETS, True)
+        return cfg.finetune_from_model, dataclasses.replace(cfg, **everything)
     return path, cfg
 
 
@@ -274,7 +275,6 @@ def _check_fits(path: str, trainer: Any, *, is_resume: bool) -> None:
 def load_checkpoint_to_cpu(
     path: str | os.PathLike[str],
     arg_overrides: Mapping[str, Any] | None = None,
-    load_on_all_ranks: bool = False,
     *,
     memory_map: bool = False,
 ) -> dict[str, Any]:
@@ -284,7 +284,6 @@ def load_checkpoint_to_cpu(
         path: the file.
         arg_overrides: settings that replace the stored ones, by name in every section that has the
             name; section -> {name: value} replaces in that section only.
-        load_on_all_ranks: without effect, every process that calls this reads the file.
         memory_map: leave tensors in the file until they are used.
 
     Returns:
@@ -341,7 +340,8 @@ def _after_overrides(
     names = {*overrides, *(in_section if isinstance(in_section, Mapping) else ())}
     if "position_method" not in names:
         return method
-    return PositionMethod(cfg.model.position_method, "given on the command line")
+    name = getattr(cfg.model, "position_method", method.name)
+    return PositionMethod(name, "given on the command line")
 
 
 def load_ema_from_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -437,7 +437,7 @@ def _build_model(state: dict[str, Any], task: Any, path: str, strict: bool) -> t
     dictionary = getattr(task, "source_dictionary", None)
     if dictionary is not None:
         check_dictionary(state, dictionary, path)
-    model: torch.nn.Module = task.build_model(cfg.model)
+    model = task.build_model(cfg.model)
     try:
         model.load_state_dict(state["model"], strict=strict, model_cfg=cfg.model)
     except RuntimeError as error:
@@ -445,7 +445,8 @@ def _build_model(state: dict[str, Any], task: Any, path: str, strict: bool) -> t
             f"{path}: the parameters do not fit the model that its settings (and overrides) "
             f"describe: {error}"
         ) from error
-    return model
+    built: torch.nn.Module = model
+    return built
 
 
 def _log_position_method(record: Mapping[str, Any]) -> None:

@@ -113,19 +113,26 @@ class SequenceScorer:
         given = sample.get("start_indices")
         if given is not None:
             starts[: len(given)] = torch.as_tensor(given)
-        is_own = columns >= starts.to(target.device)[:, None]
+        is_own: torch.Tensor = columns >= starts.to(target.device)[:, None]
         if not self.score_pad:
-            return is_own & target.ne(self.pad)
+            is_own &= target.ne(self.pad)
+            return is_own
         lengths = torch.zeros(target.size(0), dtype=torch.int64, device=target.device)
         src_lengths = sample["net_input"]["src_lengths"]
         lengths[: len(src_lengths)] = src_lengths.to(target.device)
-        return is_own & (columns < lengths[:, None])
+        is_own &= columns < lengths[:, None]
+        return is_own
 
     @torch.no_grad()
     def generate(
         self, models: Sequence[Any], sample: dict[str, Any], **kwargs: Any
     ) -> list[list[dict[str, Any]]]:
         """Scores a batch in the form of a generator's result.
+
+        Args:
+            models: their probabilities are averaged.
+            sample: a batch; see `score`.
+            **kwargs: what generators take besides (prefixes); the targets say it all here.
 
         Returns:
             For each row a list with one dictionary: `tokens` (the scored targets), `score` (mean
@@ -134,8 +141,8 @@ class SequenceScorer:
         """
         scores = self.score(models, sample)
         counts = scores.is_scored.sum(dim=1).tolist()
-        tokens = sample["target"][scores.is_scored].split(counts)
-        values = scores.values.split(counts)
+        tokens = torch.split(sample["target"][scores.is_scored], counts)
+        values = torch.split(scores.values, counts)
         return [
             [
                 {

@@ -81,7 +81,7 @@ def override_position_method(args: argparse.Namespace) -> None:
         args.model_overrides = repr({**overrides, "position_method": args.position_method})
 
 
-def main(cfg: Any, **unused: Any) -> dict[str, float]:
+def main(cfg: Any) -> dict[str, float]:
     """Evaluates a checkpoint on a split.
 
     Args:
@@ -216,8 +216,9 @@ def move_to_device(models: list[torch.nn.Module], cfg: Any) -> torch.device | No
     for model in models:
         model.to(device=device, dtype=dtype)
         model.eval()
-        if hasattr(model, "prepare_for_inference_"):
-            model.prepare_for_inference_(cfg)
+        prepare: Any = getattr(model, "prepare_for_inference_", None)
+        if prepare is not None:
+            prepare(cfg)
     return device
 
 

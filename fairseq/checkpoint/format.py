@@ -69,7 +69,7 @@ def pack(
     """
     state: dict[str, Any] = {
         "args": None,
-        "cfg": config_to_dict(cfg),
+        "cfg": to_plain(config_to_dict(cfg)),
         "model": to_plain(_with_bookkeeping(model_state, cfg)),
         "criterion": to_plain(criterion_state) if criterion_state else None,
         "optimizer_history": to_plain(optimizer_history),

@@ -182,9 +182,12 @@ def _pickles_of(path: Path) -> Iterator[BinaryIO]:
     """Yields the pickle inside a torch file: a record of a zip file, or the file's head."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(".pkl"):
-                    yield io.BytesIO(archive.read(name))
+            for record in archive.infolist():
+                if record.filename.endswith(".pkl"):
+                    if record.CRC == 0:
+                        # torch was told to write no checksums; zipfile would compare with the 0.
+                        del record.CRC
+                    yield io.BytesIO(archive.read(record))
         return
     with path.open("rb") as stream:
         # Before torch 1.6: magic number, protocol, system, the object, keys; raw numbers follow.
@@ -214,15 +217,20 @@ def load_pickled(path: Path, *, memory_map: bool = False) -> Any:
             message names it.
         Exception: whatever torch raises for a file that is no torch file.
     """
-    unknown = _unknown_to_torch(path)
-    refused = [name for name in unknown if _stand_in_for(name) is None]
+    stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
+    refused = []
+    for name in _unknown_to_torch(path):
+        stand_in = _stand_in_for(name)
+        if stand_in is None:
+            refused.append(name)
+        else:
+            stand_ins.append((stand_in, name))
     if refused:
         raise UnsafeCheckpointError(
             f"{path} is refused: loading it would call {', '.join(refused)}, which a checkpoint of "
             "tensors and settings has no need of; if you trust the file, load it with "
             "torch.load(..., weights_only=False) and save its 'model' and 'cfg' anew"
         )
-    stand_ins = [(_stand_in_for(name), name) for name in unknown]
     mapped = memory_map and zipfile.is_zipfile(path)
     with safe_globals(stand_ins), warnings.catch_warnings():
         # Storages of old files are typed, which torch deprecates.

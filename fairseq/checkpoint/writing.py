@@ -96,7 +96,7 @@ class _Watched:
 def _torch_save(obj: Any, stream: BinaryIO) -> None:
     watched = _Watched(stream)
     try:
-        torch.save(obj, watched)
+        torch.save(obj, watched)  # type: ignore[arg-type]
     except RuntimeError as error:
         if watched.error is not None:
             raise watched.error from error

@@ -80,7 +80,7 @@ def eval_lm(
         target_dictionary: dictionary of the output; by default the source's.
         softmax_batch: most tokens whose distribution is computed at once.
         remove_bos_token: rows start with `<s>`, which is not scored.
-        device: where the models are; None leaves the batches where they are.
+        device: where the models are, and the batches go; by default that of the first parameter.
         score_pad: a padding symbol inside a row is a word like others. False leaves such targets
             out, as is right where targets are not the row shifted by one.
 
@@ -94,12 +94,13 @@ def eval_lm(
         target_dictionary or source_dictionary, softmax_batch, score_pad=score_pad
     )
     joiner = WordJoiner(source_dictionary, post_process)
+    device = device or _device_of(models[0])
     total, stats = LossSum(), WordStats() if output_word_stats else None
     tokens, seconds = 0, 0.0
     for sample in batch_iterator:
         if "net_input" not in sample:
             continue
-        on_device = utils.move_to_cuda(sample, device) if device is not None else sample
+        on_device = utils.move_to_cuda(sample, device) if device.type != "cpu" else sample
         started_at = time.perf_counter()
         scores = scorer.score(models, on_device)
         seconds += time.perf_counter() - started_at
@@ -119,6 +120,11 @@ def eval_lm(
                 if stats is not None:
                     stats.add_row([word for word in words if not math.isinf(word.score)])
     return _report(total, stats, tokens, seconds)
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _without_bos(

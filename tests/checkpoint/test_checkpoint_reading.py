@@ -79,3 +79,13 @@ def test_damage_anywhere_in_a_tensor_is_noticed(tmp_path, whose):
     torch.load(path, weights_only=True)  # torch itself does not notice
     with pytest.raises(ValueError, match=rf"{path} is damaged: the checksum of its part"):
         read_checkpoint(path)
+
+
+def test_a_file_written_without_checksums_is_read(tmp_path):
+    path = tmp_path / "unchecked.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": {"w": torch.arange(3)}}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(path)["model"]["w"].tolist() == [0, 1, 2]
