@@ -25,6 +25,9 @@ from pathlib import Path
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
 
+# Of the lines that the commands log, those that tell how far they are.
+NEWS = ("train_inner |", "train |", "valid |", "fairseq_cli.preprocess |")
+
 
 def documents_of_python() -> Iterator[tuple[str, str]]:
     """Yields (name, text) of the help topics and of each standard module's docstrings."""
@@ -86,10 +89,11 @@ def run(command: str, *, quiet: bool = False) -> str:
         assert process.stdout is not None
         for line in process.stdout:
             printed.append(line)
-            if not quiet or " | WARNING | " in line:
-                shown = line.split(" | INFO | ", 1)[-1]
-                if len(shown) < 400:  # the configuration is thousands of characters long
-                    print("  " + shown, end="", flush=True)
+            is_warning = " | WARNING | " in line
+            _, is_info, shown = line.partition(" | INFO | ")
+            is_news = bool(is_info) and shown.startswith(NEWS) and "Namespace(" not in shown
+            if is_warning or (is_news and not quiet):
+                print("  " + (line if is_warning else shown), end="", flush=True)
     if process.returncode:
         sys.stdout.writelines(printed[-5:] if quiet else [])
         raise SystemExit(f"{argv[0]} ended with exit code {process.returncode}")

@@ -84,13 +84,16 @@ def _as_text(value: Any) -> str:
     return str(value)
 
 
+_NOT_OF_TRAINING = ("bmuf", "common_eval", "eval_lm", "generation", "interactive")
+
+
 def resolved_settings(config: FairseqConfig) -> dict[str, Any]:
-    """Returns the options that reproduce a configuration, defaults and presets spelled out."""
+    """Returns the options that repeat a training run, defaults and presets spelled out."""
     settings: dict[str, Any] = {}
     selectors = {"model": "arch"}
     for top in dataclasses.fields(config):
         section = getattr(config, top.name)
-        if not isinstance(section, FairseqDataclass):
+        if top.name in _NOT_OF_TRAINING or not isinstance(section, FairseqDataclass):
             continue
         if section._name is not None:
             settings[selectors.get(top.name, top.name)] = section._name
