@@ -39,8 +39,8 @@ def read_checkpoint(
         _check_contents(path)
     try:
         state = load_pickled(path, memory_map=memory_map)
-    except UnsafeCheckpointError as error:
-        raise UnsafeCheckpointError(str(error)) from None
+    except UnsafeCheckpointError:
+        raise
     except Exception as error:
         # A damaged pickle can fail in any way: a wrong index, a missing key, a wrong type.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

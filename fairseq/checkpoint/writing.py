@@ -38,7 +38,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
     A failure leaves the file that was there before untouched, and nothing half written.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _free_name_beside(path)
     try:
         with temporary.open("wb") as stream:
             write(stream)
@@ -50,6 +50,16 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
             temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def _free_name_beside(path: Path) -> Path:
+    """Returns the temporary name for a file, free of what an interrupted run left there.
+
+    What is left may be a second link of a good file, so it is removed, never written into.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    return temporary
 
 
 def save_atomically(obj: Any, path: str | os.PathLike[str]) -> None:
@@ -110,9 +120,7 @@ def copy_atomically(source: str | os.PathLike[str], target: str | os.PathLike[st
     a copy.
     """
     target = Path(target)
-    temporary = target.with_name(target.name + ".tmp")
-    with suppress(OSError):
-        temporary.unlink()
+    temporary = _free_name_beside(target)
     try:
         os.link(source, temporary)
     except OSError:

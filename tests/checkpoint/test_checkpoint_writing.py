@@ -114,6 +114,15 @@ def test_a_copy_is_whole_and_independent(tmp_path, monkeypatch, can_link):
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt"]
 
 
+def test_what_an_interrupted_copy_left_is_not_written_into(tmp_path):
+    good, path = tmp_path / "good.pt", tmp_path / "a.pt"
+    save_atomically({"x": 1}, good)
+    os.link(good, tmp_path / "a.pt.tmp")
+    save_atomically({"x": 2}, path)
+    assert _load(good) == {"x": 1}
+    assert _load(path) == {"x": 2}
+
+
 def test_a_snapshot_does_not_see_later_changes():
     weight = torch.zeros(3)
     state = {"model": {"w": weight, "tied": weight}, "groups": [(weight, 1)], "n": 3}

@@ -17,11 +17,11 @@ from fairseq.checkpoint import pack
 from fairseq.checkpoint.format import to_plain
 from fairseq.data.dictionary import Dictionary
 from fairseq.dataclass.legacy import namespace_to_config
+from fairseq.logging import metrics
 from fairseq_cli import preprocess
+from fairseq_cli import train as train_command
 
 RECORDED = recorded(GOLDEN)
-# One window per token; the wider tests have them.
-SLOW = {name for name in RECORDED if name.endswith("_l24_c23")}
 
 WIKI = "bin/main --path ckpt/wiki103_tiny/checkpoint_last.pt --gen-subset valid --batch-size 8"
 GPT = WIKI.replace("wiki103_tiny", "gpt_tiny")
@@ -206,6 +206,19 @@ def formula(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained(formula):
+    """The same folder with the checkpoint of a run of ten updates from the formula's weights."""
+    arguments = f"{formula}/bin {TINY_MODEL} {TINY_TRAINING} --max-update 10".split()
+    arguments += (
+        f"--save-dir {formula}/checkpoints --finetune-from-model {formula}/formula.pt".split()
+    )
+    args = options.parse_args_and_arch(options.get_training_parser(), arguments)
+    train_command.main(namespace_to_config(args))
+    metrics.reset()
+    return formula
+
+
 def _formula_command(length, context, path="formula.pt"):
     overrides = f"{{'max_tokens':{length}, 'tokens_per_sample':{length}, "
     overrides += f"'max_target_positions':{length}}}"
@@ -224,6 +237,15 @@ def test_weights_of_a_formula(run, formula, length, context, loss):
     assert result.loss == pytest.approx(loss, abs=2e-5)
     assert result.num_tokens == 114
     assert "position method: alibi (recorded in the checkpoint)" in result.log
+
+
+@pytest.mark.parametrize(
+    ("length", "context", "loss"),
+    [(16, 0, 6.059995), (16, 15, 6.086456), (32, 0, 6.066197), (32, 8, 6.069408)],
+)
+def test_weights_after_ten_updates(run, trained, length, context, loss):
+    command = _formula_command(length, context, path="checkpoints/checkpoint_last.pt")
+    assert run(command, folder=trained).loss == pytest.approx(loss, abs=1e-4)
 
 
 # ---- text with symbols that mean something else ----
@@ -358,6 +380,28 @@ def test_a_file_of_weights_alone_cannot_be_evaluated(fail):
     code, printed = fail(WIKI.replace("checkpoint_last", "init"))
     assert code == 1
     assert "neither 'cfg' nor 'args'" in printed
+
+
+def test_a_checkpoint_that_wants_to_run_code_is_refused(fail, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return shutil.rmtree, (str(tmp_path / "precious"),)
+
+    (tmp_path / "precious").mkdir()
+    torch.save({"model": {}, "cfg": Evil()}, tmp_path / "evil.pt")
+    code, printed = fail(f"bin/main --path {tmp_path}/evil.pt --gen-subset valid")
+    assert code == 1
+    assert f"{tmp_path}/evil.pt is refused: loading it would call shutil.rmtree" in printed
+    assert (tmp_path / "precious").exists()
+
+
+def test_a_truncated_checkpoint(fail, tmp_path):
+    content = (GOLDEN / "ckpt/gpt_tiny/checkpoint_last.pt").read_bytes()
+    (tmp_path / "part.pt").write_bytes(content[: len(content) // 2])
+    code, printed = fail(f"bin/main --path {tmp_path}/part.pt --gen-subset valid")
+    assert code == 1
+    assert f"{tmp_path}/part.pt is truncated" in printed
+    assert len(printed.strip().splitlines()) == 1
 
 
 def test_weights_that_do_not_fit_their_settings(fail, tmp_path):
