@@ -65,8 +65,9 @@ class BaseFairseqModel(nn.Module):
         Returns:
             (B, T, V).
         """
-        if hasattr(self, "decoder"):
-            probs: torch.Tensor = self.decoder.get_normalized_probs(net_output, log_probs, sample)
+        decoder: Any = getattr(self, "decoder", None)
+        if decoder is not None:
+            probs: torch.Tensor = decoder.get_normalized_probs(net_output, log_probs, sample)
             return probs
         logits = net_output[0] if isinstance(net_output, tuple) else net_output
         normalize = utils.log_softmax if log_probs else utils.softmax
@@ -111,6 +112,7 @@ class BaseFairseqModel(nn.Module):
 
     def set_num_updates(self, num_updates: int) -> None:
         """Tells every part that asks for it how many updates were made."""
+        module: Any
         for module in self.modules():
             if module is not self and hasattr(module, "set_num_updates"):
                 module.set_num_updates(num_updates)
@@ -126,6 +128,7 @@ class BaseFairseqModel(nn.Module):
     def make_generation_fast_(self, **options: Any) -> None:
         """Calls `make_generation_fast_(name=..., **options)` of every part that has it, and
         switches to evaluation."""
+        module: Any
         for name, module in self.named_modules():
             if module is not self and hasattr(module, "make_generation_fast_"):
                 module.make_generation_fast_(name=name, **options)
@@ -192,6 +195,7 @@ class FairseqIncrementalDecoder(FairseqDecoder):
             incremental_state: changed in place.
             new_order: int64 (new B,), for each new row the old one it continues.
         """
+        module: Any
         for module in self.modules():
             if module is not self and hasattr(module, "reorder_incremental_state"):
                 module.reorder_incremental_state(incremental_state, new_order)
@@ -204,6 +208,7 @@ class FairseqIncrementalDecoder(FairseqDecoder):
 
     def set_beam_size(self, beam_size: int) -> None:
         """Tells every part that asks for it how many hypotheses a sentence has."""
+        module: Any
         for module in self.modules():
             if module is not self and hasattr(module, "set_beam_size"):
                 module.set_beam_size(beam_size)

@@ -38,6 +38,7 @@ def upgrade_state_dict(module: nn.Module, state_dict: dict[str, Any], name: str 
         name: what the module's names in the state dict start with, without the last dot.
     """
     prefix = name + "." if name else ""
+    child: Any
     for child_name, child in module.named_children():
         path = prefix + child_name
         if hasattr(child, "upgrade_state_dict_named"):
@@ -71,24 +72,25 @@ def fit_position_table(
         table: the position embeddings of the model.
         is_used: whether the model reads them.
     """
-    state_dict.pop(f"{name}.weights", None)
-    weight = getattr(table, "weight", None)
-    if weight is None:
-        stored_weight = state_dict.get(f"{name}.weight")
-        if stored_weight is not None and not is_used:
-            del state_dict[f"{name}.weight"]
-        state_dict.pop(f"{name}._float_tensor", None)
-        if table is not None:
-            state_dict[f"{name}._float_tensor"] = torch.zeros(1)
+    for bookkeeping in ("weights", "_float_tensor"):
+        state_dict.pop(f"{name}.{bookkeeping}", None)
+    key = f"{name}.weight"
+    weight: Any = getattr(table, "weight", None)
+    if weight is not None:
+        if key not in state_dict and not is_used:
+            state_dict[key] = weight.detach()
+        _take_number_of_rows(weight, state_dict.get(key))
         return
-    state_dict.pop(f"{name}._float_tensor", None)
-    stored = state_dict.get(f"{name}.weight")
-    if stored is None:
-        if not is_used:
-            state_dict[f"{name}.weight"] = weight.detach()
-    elif stored.shape != weight.shape and stored.shape[1:] == weight.shape[1:]:
+    if not is_used:
+        state_dict.pop(key, None)
+    if table is not None:
+        state_dict[f"{name}._float_tensor"] = torch.zeros(1)
+
+
+def _take_number_of_rows(weight: torch.Tensor, stored: torch.Tensor | None) -> None:
+    if stored is not None and len(stored) != len(weight):
         # The parameter stays the same object, which an optimizer may know already.
-        weight.data = weight.data.new_zeros(stored.shape)
+        weight.data = weight.data.new_zeros(len(stored), *weight.shape[1:])
 
 
 def prune_layers(state_dict: dict[str, Any], cfg: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ Shapes: `B` rows, `T` tokens, `D` width of the model, `N_i` tokens of band i.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -56,23 +58,24 @@ class AdaptiveInput(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws all weights again, after their constructors did."""
-        for table, projection in self.embeddings:
-            nn.init.normal_(table.weight, mean=0, std=table.weight.size(1) ** -0.5)
+        for band in range(len(self.embeddings)):
+            table, projection = self.weights_for_band(band)
+            nn.init.normal_(table, mean=0, std=table.size(1) ** -0.5)
             # In every band, though it stands for padding in the first only: as published models
             # were drawn.
-            table.weight[self.padding_idx].zero_()
-            nn.init.xavier_uniform_(projection.weight)
+            table[self.padding_idx].zero_()
+            nn.init.xavier_uniform_(projection)
 
     def weights_for_band(self, band: int) -> tuple[nn.Parameter, nn.Parameter]:
         """Returns (table (V_i, d_i), projection (D, d_i)) of a band."""
-        table, projection = self.embeddings[band]
-        return table.weight, projection.weight
+        layers: Any = self.embeddings[band]
+        return layers[0].weight, layers[1].weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeds ids (B, T) as (B, T, D)."""
         flat = tokens.reshape(-1)
-        dtype = self.embeddings[0][1].weight.dtype
-        out = torch.empty(len(flat), self.embedding_dim, dtype=dtype, device=tokens.device)
+        _, projection = self.weights_for_band(0)
+        out = projection.new_empty(len(flat), self.embedding_dim)
         start = 0
         for end, embed in zip(self.cutoff, self.embeddings, strict=True):
             here = ((flat >= start) & (flat < end)).nonzero().squeeze(1)  # (N_i,)

@@ -19,7 +19,7 @@ def parse_cutoffs(text: str, flag: str) -> list[int]:
     except (SyntaxError, ValueError):
         parsed = None
     cutoffs = list(parsed) if isinstance(parsed, (list, tuple)) else [parsed]
-    is_whole = all(type(cutoff) is int and cutoff > 0 for cutoff in cutoffs)
+    is_whole = bool(cutoffs) and all(type(cutoff) is int and cutoff > 0 for cutoff in cutoffs)
     if not is_whole or cutoffs != sorted(set(cutoffs)):
         raise ValueError(
             f"{flag} {text!r} is not a list of ascending positive whole numbers such as 20000,60000"

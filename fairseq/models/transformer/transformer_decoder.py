@@ -23,7 +23,6 @@ from fairseq.attention.backends.reference import ReferenceBackend
 from fairseq.models import upgrade
 from fairseq.models.base import FairseqIncrementalDecoder
 from fairseq.modules import (
-    AdaptiveInput,
     AdaptiveSoftmax,
     FairseqDropout,
     IncrementalState,
@@ -46,20 +45,19 @@ class TransformerDecoder(FairseqIncrementalDecoder):
     Args:
         cfg: settings with the names of `TransformerLanguageModelConfig`.
         dictionary: of the words it predicts.
-        embed_tokens: input embeddings, a table or an `AdaptiveInput`.
+        embed_tokens: input embeddings, an `nn.Embedding` or an `AdaptiveInput`.
 
     Raises:
         ValueError: settings contradict each other; the message names the options.
     """
 
-    def __init__(
-        self, cfg: Any, dictionary: Any, embed_tokens: nn.Embedding | AdaptiveInput
-    ) -> None:
+    def __init__(self, cfg: Any, dictionary: Any, embed_tokens: Any) -> None:
         super().__init__(dictionary)
         # 3 says that there is a final norm where the settings want one, see `upgrade`.
+        self.version: torch.Tensor
         self.register_buffer("version", torch.full((1,), 3.0))
         width = cfg.decoder_embed_dim
-        self.padding_idx = embed_tokens.padding_idx
+        self.padding_idx: int = dictionary.pad()
         self.max_target_positions = cfg.max_target_positions
         self.dropout_module = FairseqDropout(cfg.dropout, type(self).__name__)
         self.embed_tokens = embed_tokens
@@ -75,12 +73,11 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         projects_out = output_dim != width and not cfg.tie_adaptive_weights
         self.project_out_dim = Linear(width, output_dim, bias=False) if projects_out else None
         self.adaptive_softmax: AdaptiveSoftmax | None = None
-        self.output_projection: nn.Linear | None = None
+        self.output_projection: Any = None
         self._build_output(cfg)
         self.positions = self._build_position_method(cfg)
         self.backend = get_backend(cfg.attention_backend)
-        is_dense = isinstance(self.backend, DenseBackend)
-        self._masks = self.backend if is_dense else ReferenceBackend()
+        self._masks = self.backend if isinstance(self.backend, DenseBackend) else ReferenceBackend()
 
     def _build_position_table(self, cfg: Any) -> Any:
         """Makes the table that checkpoints have a key for, whether the method reads it or not."""
@@ -88,14 +85,12 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         if cfg.no_token_positional_embeddings or method.name == "none":
             return None
         learned = method.name == "learned" if method.uses_table else cfg.decoder_learned_pos
-        limit = cfg.max_target_positions
-        if limit is None:
-            if learned:
-                raise ValueError(
-                    "learned position embeddings need a size; set --max-target-positions or "
-                    "--tokens-per-sample"
-                )
-            limit = 1024
+        if cfg.max_target_positions is None and learned:
+            raise ValueError(
+                "learned position embeddings need a size; set --max-target-positions or "
+                "--tokens-per-sample"
+            )
+        limit = cfg.max_target_positions or 0  # a table of sines grows when it is read
         return PositionalEmbedding(limit, cfg.decoder_embed_dim, self.padding_idx, learned)
 
     def _build_position_method(self, cfg: Any) -> PositionMethod:
@@ -107,8 +102,8 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         return find_method(cfg.position_method)(surroundings)
 
     def _build_layers(self, cfg: Any) -> nn.ModuleList:
-        layers = LayerDropModuleList(cfg.decoder_layerdrop) if cfg.decoder_layerdrop > 0 else None
-        layers = nn.ModuleList() if layers is None else layers
+        layerdrop = cfg.decoder_layerdrop
+        layers = LayerDropModuleList(layerdrop) if layerdrop > 0 else nn.ModuleList()
         for _ in range(cfg.decoder_layers):
             layer = self.build_decoder_layer(cfg)
             if cfg.checkpoint_activations or cfg.offload_activations:
@@ -139,7 +134,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         else:
             nn.init.normal_(self.output_projection.weight, mean=0, std=shape[0] ** -0.5)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         prev_output_tokens: torch.Tensor,
         encoder_out: None = None,
@@ -177,7 +172,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         )
         return (features if features_only else self.output_layer(features)), extra
 
-    def extract_features(
+    def extract_features(  # type: ignore[override]
         self,
         prev_output_tokens: torch.Tensor,
         encoder_out: None = None,
@@ -279,9 +274,10 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         return getattr(self.embed_positions, "max_positions", None)
 
     def _num_cached(self, tokens: torch.Tensor, incremental_state: IncrementalState | None) -> int:
-        num_cached = 0
-        if incremental_state is not None and len(self.layers) > 0:
-            num_cached = self.layers[0].self_attn.num_cached(incremental_state)
+        if incremental_state is None or len(self.layers) == 0:
+            return 0
+        first_layer: Any = self.layers[0]
+        num_cached: int = first_layer.self_attn.num_cached(incremental_state)
         if num_cached and num_cached >= tokens.size(1):
             raise ValueError(
                 f"incremental decoding takes all tokens so far: the state holds {num_cached}, so "

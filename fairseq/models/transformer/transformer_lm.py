@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fairseq.attention import BACKENDS
 from fairseq.dataclass import II, FairseqDataclass, is_interpolated
 from fairseq.models.base import FairseqLanguageModel
 from fairseq.models.transformer.transformer_decoder import TransformerDecoder
@@ -15,6 +16,7 @@ from fairseq.models.upgrade import layers_to_keep
 from fairseq.modules import AdaptiveInput, Embedding
 from fairseq.modules.basic import ACTIVATIONS
 from fairseq.modules.cutoffs import parse_cutoffs
+from fairseq.positions import METHODS
 from fairseq.registry import MODELS
 
 __all__ = ["TransformerLanguageModel", "TransformerLanguageModelConfig"]
@@ -32,9 +34,7 @@ def _option(default: Any, text: str, **metadata: Any) -> Any:
 class TransformerLanguageModelConfig(FairseqDataclass):
     """Settings of a transformer language model; the names are those in checkpoints."""
 
-    activation_fn: str = _option(
-        "relu", "activation of the feed-forward net", choices=list(ACTIVATIONS)
-    )
+    activation_fn: str = _option("relu", "activation of the feed-forward net", choices=ACTIVATIONS)
     dropout: float = _option(0.1, "dropout probability")
     attention_dropout: float = _option(0.0, "dropout probability of attention weights")
     activation_dropout: float = _option(0.0, "dropout probability after the activation")
@@ -115,9 +115,14 @@ class TransformerLanguageModelConfig(FairseqDataclass):
     max_target_positions: int | None = II("task.max_target_positions")
     tpu: bool = II("common.tpu")
     position_method: str = _option(
-        "alibi", "how the model knows the order of tokens", extension=True
+        "alibi",
+        "how the model knows the order of tokens",
+        choices=METHODS,
+        extension=True,
     )
-    attention_backend: str = _option("auto", "how attention is computed", extension=True)
+    attention_backend: str = _option(
+        "auto", "how attention is computed", choices=BACKENDS, extension=True
+    )
 
 
 @MODELS.register("transformer_lm", dataclass=TransformerLanguageModelConfig)
@@ -173,7 +178,7 @@ def _missing(value: Any) -> bool:
 
 def complete(cfg: Any) -> TransformerLanguageModelConfig:
     """Returns the settings with every field set, as a dataclass; older settings lack some."""
-    filled = {}
+    filled: dict[str, Any] = {}
     for each in dataclasses.fields(TransformerLanguageModelConfig):
         default = TransformerLanguageModelConfig.default_of(each)
         default = None if is_interpolated(default) else default
