@@ -85,10 +85,8 @@ def test_memory_without_padding():
     assert all(stored["prev_key_padding_mask"] is None for stored in state.values())
 
 
-@pytest.mark.parametrize(
-    "name", ["reorder_incremental_state", "reorder_incremental_state_scripting"]
-)
-def test_beams_are_reordered(name):
+@pytest.mark.parametrize("suffix", ["", "_scripting"])
+def test_beams_are_reordered(suffix):
     model = tiny_gpt().eval()
     tokens = padded_batch("left")
     state = {}
