@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fairseq.dataclass.arguments import CommandParser
+from fairseq.dataclass.arguments import CommandParser, literal_dict
 from fairseq.dataclass.base import FairseqDataclass
 from fairseq.dataclass.configs import (
     CheckpointConfig,
@@ -155,6 +155,11 @@ def _evaluation_parser(description: str, default_task: str | None) -> CommandPar
     parser.add_dataclass("dataset and batches", DatasetConfig)
     _add_distributed(parser, 1)
     parser.add_dataclass("evaluation", CommonEvalConfig)
+    parser.add_argument(
+        "--position-method",
+        metavar="NAME",
+        help="position method of the checkpoint's model, where the file does not tell or is wrong",
+    )
     return parser
 
 
@@ -336,3 +341,6 @@ def _post_process(parser: CommandParser, args: argparse.Namespace) -> None:
     if getattr(args, "fp16", False) and getattr(args, "bf16", False):
         parser.error("--fp16 and --bf16 exclude each other; choose one")
     args.no_seed_provided = False
+    if hasattr(args, "model_overrides") and getattr(args, "position_method", None) is not None:
+        overrides = literal_dict(args.model_overrides, "--model-overrides")
+        args.model_overrides = repr({**overrides, "position_method": args.position_method})

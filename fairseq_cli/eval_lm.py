@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,17 +16,14 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.evaluation.perplexity import eval_lm
 from fairseq.evaluation.word_stats import WordStat
 from fairseq.logging import progress_bar
-from fairseq_cli._run import run_command
+from fairseq_cli._run import run_command, set_up_logging
 
 __all__ = [
     "WordStat",
-    "add_position_option",
     "cli_main",
     "eval_lm",
     "main",
     "move_to_device",
-    "override_position_method",
-    "parse_arguments",
 ]
 
 logger = logging.getLogger("fairseq_cli.eval_lm")
@@ -40,45 +34,9 @@ _MAX_TOKENS = 36000
 
 def cli_main() -> None:
     """Runs fairseq-eval-lm with the arguments of the process."""
-    _set_up_logging()
-    args = parse_arguments()
+    set_up_logging()
+    args = options.parse_args_and_arch(options.get_eval_lm_parser())
     run_command(lambda: distributed_utils.call_main(namespace_to_config(args), main))
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses a command line; None takes that of the process."""
-    parser = options.get_eval_lm_parser()
-    args: argparse.Namespace = options.parse_args_and_arch(
-        parser, arguments, modify_parser=add_position_option
-    )
-    override_position_method(args)
-    return args
-
-
-def _set_up_logging() -> None:
-    logging.basicConfig(
-        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-        level=os.environ.get("LOGLEVEL", "INFO").upper(),
-        stream=sys.stdout,
-    )
-
-
-def add_position_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--position-method`, which beats what the checkpoint says."""
-    if "--position-method" not in parser._option_string_actions:
-        parser.add_argument(
-            "--position-method",
-            metavar="NAME",
-            help="position method of the checkpoint's model, if the file does not tell or is wrong",
-        )
-
-
-def override_position_method(args: argparse.Namespace) -> None:
-    """Makes `--position-method` one of the model overrides."""
-    if getattr(args, "position_method", None) is not None:
-        overrides = literal_dict(args.model_overrides, "--model-overrides")
-        args.model_overrides = repr({**overrides, "position_method": args.position_method})
 
 
 def main(cfg: Any) -> dict[str, float]:
@@ -95,7 +53,7 @@ def main(cfg: Any) -> dict[str, float]:
             is nothing to evaluate.
         FileNotFoundError: the checkpoint or the split is missing.
     """
-    _set_up_logging()
+    set_up_logging()
     utils.import_user_module(cfg.common)
     if cfg.common.log_file is not None:
         progress_bar.log_to_file(cfg.common.log_file)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import os
-import sys
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from fairseq.dataclass.legacy import config_to_dict, namespace_to_config
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics, progress_bar
 from fairseq.registry import COMPONENT_REGISTRIES
-from fairseq_cli._run import run_command
-from fairseq_cli.eval_lm import add_position_option, move_to_device, override_position_method
+from fairseq_cli._run import run_command, set_up_logging
+from fairseq_cli.eval_lm import move_to_device
 
 __all__ = ["cli_main", "main"]
 
@@ -30,27 +28,11 @@ _NO_OVERRIDES = {*COMPONENT_REGISTRIES, "config", "model_overrides", "path", "ta
 
 def cli_main() -> None:
     """Runs fairseq-validate with the arguments of the process."""
-    _set_up_logging()
-    args = options.parse_args_and_arch(
-        options.get_validation_parser(), modify_parser=add_position_option
-    )
-    given = options.parse_args_and_arch(
-        options.get_validation_parser(),
-        suppress_defaults=True,
-        modify_parser=add_position_option,
-    )
-    override_position_method(args)
+    set_up_logging()
+    args = options.parse_args_and_arch(options.get_validation_parser())
+    given = options.parse_args_and_arch(options.get_validation_parser(), suppress_defaults=True)
     run_command(
         lambda: distributed_utils.call_main(namespace_to_config(args), main, override_args=given)
-    )
-
-
-def _set_up_logging() -> None:
-    logging.basicConfig(
-        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-        level=os.environ.get("LOGLEVEL", "INFO").upper(),
-        stream=sys.stdout,
     )
 
 
@@ -68,7 +50,7 @@ def main(cfg: Any, override_args: argparse.Namespace | None = None) -> list[dict
         ValueError: settings are missing or do not fit the checkpoint, or a subset is empty.
         FileNotFoundError: the checkpoint or a subset is missing.
     """
-    _set_up_logging()
+    set_up_logging()
     utils.import_user_module(cfg.common)
     _check_settings(cfg)
     given = vars(override_args) if override_args is not None else {}

@@ -140,11 +140,19 @@ class CommonEvalConfig(FairseqDataclass):
         argparse_const="subword_nmt",
         argparse_alias="--remove-bpe",
     )
-    quiet: bool = _option(False, "print only the final scores")
+    quiet: bool = _option(
+        False,
+        "print only the final scores",
+        unsupported="it belongs to generation; LOGLEVEL=WARNING in the environment hides the log",
+    )
     model_overrides: str = _option(
         "{}", "Python dictionary of settings that replace those stored in the checkpoint"
     )
-    results_path: str | None = _option(None, "folder for results")
+    results_path: str | None = _option(
+        None,
+        "folder for results",
+        unsupported="it belongs to generation; the last lines of the output are the result",
+    )
 
 
 @dataclass

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairseq import options
 from fairseq.dataclass.legacy import namespace_to_config
 from fairseq_cli import eval_lm
 
@@ -41,7 +42,9 @@ def evaluate(
     caplog.clear()
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
         patch.chdir(folder)
-        args = eval_lm.parse_arguments(["--cpu", "--num-workers", "0", *arguments])
+        args = options.parse_args_and_arch(
+            options.get_eval_lm_parser(), ["--cpu", "--num-workers", "0", *arguments]
+        )
         result = eval_lm.main(namespace_to_config(args))
     records = list(caplog.records)
     return Evaluation(
