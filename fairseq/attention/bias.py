@@ -70,8 +70,8 @@ class ZeroBias(AttentionBias):
     ) -> torch.Tensor:
         query = position_tensor(query_positions, device)
         key = position_tensor(key_positions, device)
-        shape = torch.broadcast_shapes(query.unsqueeze(-1).shape, key.unsqueeze(-2).shape)
-        return torch.zeros(shape, device=device).unsqueeze(-3)  # (1, T, S) or (B, 1, T, S)
+        distance = query.unsqueeze(-1) - key.unsqueeze(-2)
+        return torch.zeros_like(distance).unsqueeze(-3)  # (1, T, S) or (B, 1, T, S)
 
     def heads(self, which: slice) -> ZeroBias:
         return ZeroBias(len(range(*which.indices(self.num_heads))))

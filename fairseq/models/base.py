@@ -81,7 +81,7 @@ class BaseFairseqModel(nn.Module):
         """Returns the longest input that training and validation let through; None is any."""
         return None
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self,
         state_dict: Mapping[str, Any],
         strict: bool = True,

@@ -27,7 +27,7 @@ def checkpoint_wrapper(module: M, offload_to_cpu: bool = False) -> M:
     Returns:
         The module.
     """
-    module.forward = functools.partial(  # type: ignore[method-assign]
+    module.forward = functools.partial(
         _checkpointed_forward, module, type(module).forward, offload_to_cpu
     )
     return module

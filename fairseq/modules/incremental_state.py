@@ -6,6 +6,7 @@ own, so that several decoders can share a dictionary and one decoder can have se
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -63,8 +64,6 @@ class StatefulModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StatefulModule:
         """Copies with a new key, or the copy would write over the memory of the original."""
-        import copy
-
         duplicate = type(self).__new__(type(self))
         memo[id(self)] = duplicate
         duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))

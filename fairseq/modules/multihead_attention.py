@@ -80,11 +80,12 @@ class MultiheadAttention(StatefulModule):
         if incremental_state is not None:
             k, v = self._append(incremental_state, k, v, prepared.key_is_padding)  # (B, H, S, K)
         out = attend(q, k, v, prepared, dropout_p=self.dropout_module.rate)  # (B, H, T, K)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        merged: torch.Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return merged
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         # The number of heads is left open: a worker may hold the projections of some heads only.
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _append(
         self,

@@ -16,6 +16,7 @@ class AddedTable(PositionMethod):
         ValueError: the model was built without position embeddings.
     """
 
+    has_table = True
     uses_table = True
 
     def __init__(self, model: Surroundings) -> None:

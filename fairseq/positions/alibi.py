@@ -10,9 +10,13 @@ __all__ = ["Alibi"]
 
 
 class Alibi(PositionMethod):
-    """Nothing is added to the embeddings; each head penalises distance by a slope of its own."""
+    """Nothing is added to the embeddings; each head penalises distance by a slope of its own.
+
+    The model has position embeddings all the same, since published checkpoints have their key.
+    """
 
     name = "alibi"
+    has_table = True
 
     def __init__(self, model: Surroundings) -> None:
         self._bias = LinearBias(alibi_slopes(model.num_heads))

@@ -44,11 +44,15 @@ class PositionMethod:
 
     Attributes:
         name: as in `--position-method`.
-        uses_table: whether the position embeddings of the model are read.
+        has_table: whether the model has position embeddings, and checkpoints their key.
+        uses_table: whether they are read.
+        is_table_learned: whether they are trained; None is as `--decoder-learned-pos` says.
     """
 
     name: str
+    has_table: bool = False
     uses_table: bool = False
+    is_table_learned: bool | None = None
 
     def __init__(self, model: Surroundings) -> None:
         self._bias: AttentionBias = ZeroBias(model.num_heads)

@@ -57,3 +57,4 @@ class Learned(AddedTable):
     """Adds trained vectors; inputs are at most as long as the table."""
 
     name = "learned"
+    is_table_learned = True

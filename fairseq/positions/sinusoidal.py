@@ -72,3 +72,4 @@ class Sinusoidal(AddedTable):
     """Adds fixed sines and cosines; inputs of any length can be computed."""
 
     name = "sinusoidal"
+    is_table_learned = False

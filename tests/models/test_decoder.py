@@ -337,6 +337,8 @@ def test_number_of_updates_reaches_every_part():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"character_embeddings": True}, "--character-embeddings is not supported"),
+        ({"base_layers": 1}, "--base-layers is not supported"),
         ({"decoder_attention_heads": 5}, "--decoder-attention-heads 5 does not divide .*32"),
         ({"adaptive_softmax_cutoff": "20,600"}, "equal --adaptive-input-cutoff and"),
         (
@@ -380,6 +382,25 @@ def test_sharing_needs_equal_widths():
             decoder_input_dim=32,
             share_decoder_input_output_embed=True,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", [tiny_gpt, tiny_wiki103])
+def test_other_dtypes(make, dtype):
+    torch.manual_seed(0)
+    model = make().eval()
+    tokens = tokens_of(2, 9)
+    tokens[1, :4] = 1
+    expected = log_probs(model, tokens)[tokens != 1]
+    model.to(dtype)
+    found = log_probs(model, tokens)
+    assert found.dtype == torch.float32
+    tolerance = {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float64: 1e-4}[dtype]
+    assert (found[tokens != 1] - expected).abs().max() < tolerance
+    state = {}
+    log_probs(model, tokens[:, :8], incremental_state=state)
+    step = log_probs(model, tokens, incremental_state=state)[:, -1]
+    assert (step - found[:, -1]).abs().max() < tolerance
 
 
 def test_an_encoder_s_output_is_refused():

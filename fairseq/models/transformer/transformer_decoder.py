@@ -82,9 +82,10 @@ class TransformerDecoder(FairseqIncrementalDecoder):
     def _build_position_table(self, cfg: Any) -> Any:
         """Makes the table that checkpoints have a key for, whether the method reads it or not."""
         method = find_method(cfg.position_method)
-        if cfg.no_token_positional_embeddings or method.name == "none":
+        if cfg.no_token_positional_embeddings or not method.has_table:
             return None
-        learned = method.name == "learned" if method.uses_table else cfg.decoder_learned_pos
+        learned = method.is_table_learned
+        learned = cfg.decoder_learned_pos if learned is None else learned
         if cfg.max_target_positions is None and learned:
             raise ValueError(
                 "learned position embeddings need a size; set --max-target-positions or "

@@ -188,11 +188,15 @@ def complete(cfg: Any) -> TransformerLanguageModelConfig:
 
 
 def check(cfg: TransformerLanguageModelConfig) -> None:
-    """Checks that settings do not contradict each other.
+    """Checks that the model exists here and that its settings do not contradict each other.
 
     Raises:
-        ValueError: they do; the message names the options.
+        ValueError: it does not, or they do; the message names the options.
     """
+    if cfg.character_embeddings:
+        raise ValueError(f"--character-embeddings is not supported: {_NO_CHARACTERS}")
+    if cfg.base_layers:
+        raise ValueError(f"--base-layers is not supported: {_NO_BASE_LAYERS}")
     if cfg.adaptive_input and cfg.adaptive_input_cutoff is None:
         raise ValueError("--adaptive-input needs --adaptive-input-cutoff, such as 20000,60000")
     if cfg.tie_adaptive_weights:
