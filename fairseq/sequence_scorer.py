@@ -214,24 +214,10 @@ def _log_probs_of(decoder: Any, features: torch.Tensor, target: torch.Tensor) ->
     if decoder.adaptive_softmax is None:
         logits = decoder.output_layer(features).float()  # (N, V)
         return _gather(logits, target) - torch.logsumexp(logits, dim=-1)
-    return _adaptive_log_probs(decoder.adaptive_softmax, features, target)
-
-
-def _adaptive_log_probs(
-    adaptive_softmax: Any, features: torch.Tensor, target: torch.Tensor
-) -> torch.Tensor:
-    """Returns log p(band) + log p(target | band); only the bands that occur are computed."""
-    logits, targets = adaptive_softmax(features[None], target[None])
-    head = logits[0].float()
-    values = _gather(head, targets[0]) - torch.logsumexp(head, dim=-1)
-    first_class = head.size(-1) - (len(logits) - 1)
-    for band, (tail, tail_target) in enumerate(zip(logits[1:], targets[1:], strict=True)):
-        if tail is None:
-            continue
-        tail = tail.float()
-        in_band = targets[0].eq(first_class + band)
-        values[in_band] += _gather(tail, tail_target) - torch.logsumexp(tail, dim=-1)
-    return values
+    by_row: torch.Tensor = decoder.adaptive_softmax.get_target_log_prob(
+        features[None], target[None]
+    )
+    return by_row[0]
 
 
 def _gather(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
