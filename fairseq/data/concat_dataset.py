@@ -47,7 +47,7 @@ class ConcatDataset(FairseqDataset):
         return self.datasets[which], index - (self.cumulative_sizes[which - 1] if which else 0)
 
     @property
-    def sizes(self) -> np.ndarray:  # type: ignore[override]
+    def sizes(self) -> np.ndarray:
         """Tokens in each item."""
         return np.concatenate([np.asarray(d.sizes) for d in self.datasets])
 

@@ -89,7 +89,7 @@ class LMContextWindowDataset(FairseqDataset):
         return batch
 
     @property
-    def sizes(self) -> np.ndarray:  # type: ignore[override]
+    def sizes(self) -> np.ndarray:
         """Tokens in each window, int64."""
         sizes = self.dataset.sizes
         room = np.maximum(self.tokens_per_sample + self.context_window - sizes, 0)

@@ -43,7 +43,7 @@ class LMInferenceDataset(FairseqDataset):
         self._sizes = np.asarray(lengths, dtype=np.int64)
 
     @property
-    def sizes(self) -> np.ndarray:  # type: ignore[override]
+    def sizes(self) -> np.ndarray:
         """Tokens in each line, as given."""
         return self._sizes
 

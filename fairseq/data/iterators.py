@@ -375,7 +375,7 @@ class EpochBatchIterator:
     def _shuffled(batches: list[Any], seed: int, group_size: int) -> list[Any]:
         num_grouped = len(batches) // group_size * group_size
         groups = [batches[i : i + group_size] for i in range(0, num_grouped, group_size)]
-        np.random.RandomState(seed).shuffle(groups)  # type: ignore[arg-type]
+        np.random.RandomState(seed).shuffle(groups)
         return [*itertools.chain.from_iterable(groups), *batches[num_grouped:]]
 
     def _read(self, batches: list[Any], offset: int) -> CountingIterator:

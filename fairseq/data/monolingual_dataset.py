@@ -71,7 +71,7 @@ class MonolingualDataset(FairseqDataset):
         self._sizes = np.asarray(sizes, dtype=np.int64) + int(add_bos_token)
 
     @property
-    def sizes(self) -> np.ndarray:  # type: ignore[override]
+    def sizes(self) -> np.ndarray:
         """Tokens in each row, with `<s>`, int64."""
         return self._sizes
 

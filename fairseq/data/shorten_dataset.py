@@ -29,7 +29,7 @@ class TruncateDataset(FairseqDataset):
         self.truncation_length = truncation_length
 
     @property
-    def sizes(self) -> np.ndarray:  # type: ignore[override]
+    def sizes(self) -> np.ndarray:
         """Tokens in each shortened line."""
         return np.minimum(np.asarray(self.dataset.sizes), self.truncation_length)
 

@@ -144,7 +144,7 @@ class TokenBlockDataset(FairseqDataset):
         )
 
     @property
-    def sizes(self) -> np.ndarray:  # type: ignore[override]
+    def sizes(self) -> np.ndarray:
         """Tokens in each block, int64."""
         return self._sizes
 

@@ -47,7 +47,8 @@ class StrEnum(str, enum.Enum):
 
 def ChoiceEnum(choices: list[str]) -> Any:
     """Returns an enum of strings, for the annotation of a field with fixed choices."""
-    return StrEnum("Choices", {choice: choice for choice in choices})
+    make: Any = StrEnum  # called like this, an enum class without members makes a new one
+    return make("Choices", {choice: choice for choice in choices})
 
 
 @dataclass

@@ -156,9 +156,9 @@ def config_from_dict(
     """
     config = FairseqConfig()
     extensions = extensions or {}
-    for section, cls in _plain_sections().items():
+    for section, plain_cls in _plain_sections().items():
         values = {**(plain.get(section) or {}), **extensions.get(section, {})}
-        setattr(config, section, fill_dataclass(cls, argparse.Namespace(**values)))
+        setattr(config, section, fill_dataclass(plain_cls, argparse.Namespace(**values)))
     for section in _component_sections():
         stored = plain.get(section)
         if isinstance(stored, argparse.Namespace):
@@ -172,10 +172,11 @@ def config_from_dict(
             continue
         flat = argparse.Namespace(**values)
         flat._name = name
-        if cls is not None:
+        if cls is None:
+            setattr(config, section, flat)
+        else:
             _warn_of_unknown(section, name, values, cls)
-            flat = fill_dataclass(cls, flat, name=name)
-        setattr(config, section, flat)
+            setattr(config, section, fill_dataclass(cls, flat, name=name))
     return config
 
 

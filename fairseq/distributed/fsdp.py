@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -86,7 +86,7 @@ def shard_model(
 
 def _mesh(process_group: ProcessGroup | None, device: torch.device) -> DeviceMesh:
     if process_group is None or process_group is dist.group.WORLD:
-        return dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        return init_device_mesh(device.type, (dist.get_world_size(),))
     return DeviceMesh.from_group(process_group, device.type)
 
 
