@@ -443,7 +443,7 @@ def _build_model(state: dict[str, Any], task: Any, path: str, strict: bool) -> t
     except RuntimeError as error:
         raise ValueError(
             f"{path}: the parameters do not fit the model that its settings (and overrides) "
-            f"describe: {error}"
+            f"describe: {' '.join(str(error).split())}"
         ) from error
     built: torch.nn.Module = model
     return built

@@ -26,13 +26,19 @@ class LabelSmoothedCrossEntropyCriterionConfig(FairseqDataclass):
     """Settings of `label_smoothed_cross_entropy`."""
 
     label_smoothing: float = field(
-        default=0.0, metadata={"help": "probability that is spread over the vocabulary"}
+        default=0.0,
+        metadata={
+            "help": "probability that is spread over the vocabulary",
+            "minimum": 0,
+            "maximum": 1,
+        },
     )
     report_accuracy: bool = field(
         default=False, metadata={"help": "report how many targets are predicted first"}
     )
     ignore_prefix_size: int = field(
-        default=0, metadata={"help": "leave out this many tokens at the start of each row"}
+        default=0,
+        metadata={"help": "leave out this many tokens at the start of each row", "minimum": 0},
     )
     sentence_avg: bool = II("optimization.sentence_avg")
 

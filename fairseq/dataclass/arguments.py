@@ -10,8 +10,10 @@ import argparse
 import ast
 import dataclasses
 import enum
+import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
 from fairseq.dataclass.base import MISSING, FairseqDataclass, is_interpolated
@@ -87,9 +89,9 @@ class CommandParser(argparse.ArgumentParser):
             if choices:
                 keywords["choices"] = list(choices)
             if kind is list:
-                keywords["type"] = _list_parser(element, names[0])
+                keywords["type"] = _list_parser(element, names[0], metadata)
             elif kind in (int, float):
-                keywords["type"] = kind
+                keywords["type"] = _number_parser(kind, metadata)
             if "argparse_const" in metadata:
                 keywords.update(nargs="?", const=metadata["argparse_const"])
         if reason := metadata.get("unsupported"):
@@ -158,14 +160,40 @@ def _help_text(text: str | None, default: Any) -> str | None:
     return text.replace("%", "%%")
 
 
-def _list_parser(element: Any, flag: str) -> Any:
+def _list_parser(element: Any, flag: str, metadata: Mapping[str, Any]) -> Any:
     def parse(text: str) -> list[Any]:
         try:
-            return _cast_list(text, element, flag)
+            values = _cast_list(text, element, flag)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            # argparse names the flag itself.
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{flag}: ")) from None
+        for value in values:
+            _check_range(value, metadata)
+        return values
 
     return parse
+
+
+def _number_parser(kind: Any, metadata: Mapping[str, Any]) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            whole = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {whole}") from None
+        _check_range(value, metadata)
+        return value
+
+    return parse
+
+
+def _check_range(value: Any, metadata: Mapping[str, Any]) -> None:
+    """Refuses a number outside of what its field allows, and NaN."""
+    lowest, highest = metadata.get("minimum", -math.inf), metadata.get("maximum", math.inf)
+    if not isinstance(value, (int, float)) or lowest <= value <= highest:
+        return
+    allowed = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
+    raise argparse.ArgumentTypeError(f"{value} is out of range; it must be {allowed}")
 
 
 def cast(value: Any, hint: Any, flag: str) -> Any:

@@ -1,7 +1,8 @@
 """The base of every config dataclass, and what their fields may say of themselves.
 
 A field's metadata: `help`; `choices` (list of str); `argparse_alias` (a second option name);
-`argparse_const` (the value of the option given bare); `unsupported` (a reason: any value but the
+`argparse_const` (the value of the option given bare); `minimum`, `maximum` (of a number, or of each
+number in a list; the command line is held to them); `unsupported` (a reason: any value but the
 default ends the command with exit 2); `unsupported_values` (value -> reason, likewise);
 `extension` (True: a field the original does not have, which is kept out of a checkpoint's `cfg`).
 """

@@ -27,6 +27,7 @@ __all__ = [
     "OptimizationConfig",
 ]
 
+_LARGEST_SEED = 2**32 - 1  # what numpy takes
 _NO_HYDRA = "there is no Hydra entry point; use --config FILE.yaml"
 _NO_PLASMA = "block indices are small here and need no shared-memory server"
 _NO_PIPELINE = "pipeline parallelism is not provided"
@@ -49,7 +50,7 @@ class CommonConfig(FairseqDataclass):
     """Logging, seed, precision: what every command shares."""
 
     no_progress_bar: bool = _option(False, "print lines instead of a progress bar")
-    log_interval: int = _option(100, "updates between progress lines")
+    log_interval: int = _option(100, "updates between progress lines", minimum=1)
     log_format: str | None = _option(
         None, "format of the progress", choices=["json", "none", "simple", "tqdm"]
     )
@@ -60,7 +61,7 @@ class CommonConfig(FairseqDataclass):
     azureml_logging: bool = _option(
         False, "log to AzureML", unsupported="use --tensorboard-logdir or --wandb-project"
     )
-    seed: int = _option(1, "base of all pseudo random numbers")
+    seed: int = _option(1, "base of all pseudo random numbers", minimum=0, maximum=_LARGEST_SEED)
     cpu: bool = _option(False, "run on the CPU even if there is a GPU")
     tpu: bool = _option(False, "run on a TPU", unsupported=_NO_TPU)
     bf16: bool = _option(False, "bfloat16 with float32 masters; on a CPU float32 is used instead")
@@ -72,19 +73,28 @@ class CommonConfig(FairseqDataclass):
     fp16_no_flatten_grads: bool = _option(
         False, "keep one float32 master per parameter, not one flat vector"
     )
-    fp16_init_scale: int = _option(2**7, "first loss scale")
+    fp16_init_scale: int = _option(2**7, "first loss scale", minimum=1)
     fp16_scale_window: int | None = _option(
-        None, "updates without overflow before the loss scale doubles"
+        None, "updates without overflow before the loss scale doubles", minimum=1
     )
     fp16_scale_tolerance: float = _option(
-        0.0, "share of overflowing updates that is tolerated before the loss scale halves"
+        0.0,
+        "share of overflowing updates that is tolerated before the loss scale halves",
+        minimum=0,
+        maximum=1,
     )
-    min_loss_scale: float = _option(1e-4, "training ends when the loss scale gets this small")
-    threshold_loss_scale: float | None = _option(None, "the loss scale does not fall below this")
+    min_loss_scale: float = _option(
+        1e-4, "training ends when the loss scale gets this small", minimum=0
+    )
+    threshold_loss_scale: float | None = _option(
+        None, "the loss scale does not fall below this", minimum=0
+    )
     user_dir: str | None = _option(None, "folder of a Python package with plug-ins")
-    empty_cache_freq: int = _option(0, "updates between emptyings of the CUDA cache (0: never)")
+    empty_cache_freq: int = _option(
+        0, "updates between emptyings of the CUDA cache (0: never)", minimum=0
+    )
     all_gather_list_size: int = _option(
-        16384, "most bytes of an object that the workers gather from each other"
+        16384, "most bytes of an object that the workers gather from each other", minimum=1
     )
     model_parallel_size: int = _option(
         1, "Megatron model parallelism", unsupported="the Megatron package is not part of this"
@@ -159,17 +169,22 @@ class CommonEvalConfig(FairseqDataclass):
 class DistributedTrainingConfig(FairseqDataclass):
     """How many processes there are and how they share the work."""
 
-    distributed_world_size: int = _option(1, "number of processes over all machines")
-    distributed_rank: int = _option(0, "rank of this process")
+    distributed_world_size: int = _option(1, "number of processes over all machines", minimum=1)
+    distributed_rank: int = _option(0, "rank of this process", minimum=0)
     distributed_backend: str = _option(
         "nccl", "backend of torch.distributed; without CUDA gloo is used for nccl"
     )
     distributed_init_method: str | None = _option(
         None, "URL at which the processes meet, such as tcp://host:port"
     )
-    distributed_port: int = _option(-1, "port for processes that Slurm starts")
+    distributed_port: int = _option(
+        -1, "port for processes that Slurm starts", minimum=-1, maximum=65535
+    )
     device_id: int = _option(
-        0, "GPU of this process (LOCAL_RANK, if set, is its default)", argparse_alias="--local_rank"
+        0,
+        "GPU of this process (LOCAL_RANK, if set, is its default)",
+        argparse_alias="--local_rank",
+        minimum=0,
     )
     distributed_no_spawn: bool = _option(False, "start no processes for further GPUs")
     ddp_backend: str = _option(
@@ -185,7 +200,7 @@ class DistributedTrainingConfig(FairseqDataclass):
         ],
         unsupported_values={"slow_mo": "use legacy_ddp, c10d or fully_sharded"},
     )
-    bucket_cap_mb: int = _option(25, "MiB of a bucket of gradients (c10d)")
+    bucket_cap_mb: int = _option(25, "MiB of a bucket of gradients (c10d)", minimum=1)
     fix_batches_to_gpus: bool = _option(
         False, "shuffle batches within each worker only (cached data)"
     )
@@ -194,13 +209,13 @@ class DistributedTrainingConfig(FairseqDataclass):
         False, "no effect in the original either", unsupported="drop the flag, it does nothing"
     )
     heartbeat_timeout: int = _option(
-        -1, "seconds without progress after which the process is ended (-1: never)"
+        -1, "seconds without progress after which the process is ended (-1: never)", minimum=-1
     )
     broadcast_buffers: bool = _option(False, "copy buffers between workers (c10d)")
     slowmo_momentum: float | None = _option(None, "SlowMo momentum", unsupported=_NO_SLOWMO)
     slowmo_algorithm: str = _option("LocalSGD", "SlowMo algorithm", unsupported=_NO_SLOWMO)
     localsgd_frequency: int = _option(3, "LocalSGD frequency", unsupported=_NO_SLOWMO)
-    nprocs_per_node: int = _option(1, "processes on each machine (default: its GPUs)")
+    nprocs_per_node: int = _option(1, "processes on each machine (default: its GPUs)", minimum=1)
     pipeline_model_parallel: bool = _option(False, "pipeline", unsupported=_NO_PIPELINE)
     pipeline_balance: str | None = _option(None, "pipeline", unsupported=_NO_PIPELINE)
     pipeline_devices: str | None = _option(None, "pipeline", unsupported=_NO_PIPELINE)
@@ -229,7 +244,7 @@ class DistributedTrainingConfig(FairseqDataclass):
     )
     fp32_reduce_scatter: bool = _option(False, "reduce gradients in float32 (fully_sharded)")
     cpu_offload: bool = _option(False, "keep shards on the CPU (fully_sharded)")
-    distributed_num_procs: int = _option(0, "processes started on this machine (0: all)")
+    distributed_num_procs: int = _option(0, "processes started on this machine (0: all)", minimum=0)
     ddp_comm_hook: str = _option(
         "none",
         "compression of gradients on their way (c10d)",
@@ -257,14 +272,18 @@ class DistributedTrainingConfig(FairseqDataclass):
 class DatasetConfig(FairseqDataclass):
     """Which data, in which batches, and when to validate."""
 
-    num_workers: int = _option(1, "processes that load data (0: this one)")
+    num_workers: int = _option(1, "processes that load data (0: this one)", minimum=0)
     skip_invalid_size_inputs_valid_test: bool = _option(
         False, "leave over-long items of validation data out instead of failing"
     )
-    max_tokens: int | None = _option(None, "most tokens (rows times longest row) in a batch")
-    batch_size: int | None = _option(None, "most rows in a batch", argparse_alias="--max-sentences")
+    max_tokens: int | None = _option(
+        None, "most tokens (rows times longest row) in a batch", minimum=1
+    )
+    batch_size: int | None = _option(
+        None, "most rows in a batch", argparse_alias="--max-sentences", minimum=1
+    )
     required_batch_size_multiple: int = _option(
-        8, "rows of a batch are a multiple of this, or fewer"
+        8, "rows of a batch are a multiple of this, or fewer", minimum=1
     )
     required_seq_len_multiple: int = _option(
         1, "pad rows to a multiple", unsupported="it has no effect on language models"
@@ -275,29 +294,36 @@ class DatasetConfig(FairseqDataclass):
         choices=["raw", "lazy", "cached", "mmap", "fasta"],
         unsupported_values={"fasta": "FASTA holds biological sequences, not token ids"},
     )
-    data_buffer_size: int = _option(10, "batches loaded ahead")
+    data_buffer_size: int = _option(10, "batches loaded ahead", minimum=0)
     train_subset: str = _option("train", "split to train on")
     valid_subset: str = _option("valid", "splits to validate on, separated by commas")
-    validate_interval: int = _option(1, "epochs between validations")
-    validate_interval_updates: int = _option(0, "updates between validations (0: epochs only)")
-    validate_after_updates: int = _option(0, "no checkpoints by interval before this update")
-    fixed_validation_seed: int | None = _option(None, "seed set before each validation")
+    validate_interval: int = _option(1, "epochs between validations", minimum=1)
+    validate_interval_updates: int = _option(
+        0, "updates between validations (0: epochs only)", minimum=0
+    )
+    validate_after_updates: int = _option(
+        0, "no checkpoints by interval before this update", minimum=0
+    )
+    fixed_validation_seed: int | None = _option(
+        None, "seed set before each validation", minimum=0, maximum=_LARGEST_SEED
+    )
     disable_validation: bool = _option(False, "do not validate")
     max_tokens_valid: int | None = _option(
-        None, "most tokens in a batch of validation data (default: max-tokens)"
+        None, "most tokens in a batch of validation data (default: max-tokens)", minimum=1
     )
     batch_size_valid: int | None = _option(
         None,
         "most rows in a batch of validation data (default: batch-size)",
         argparse_alias="--max-sentences-valid",
+        minimum=1,
     )
     max_valid_steps: int | None = _option(
-        None, "validation stops after this many batches and one", argparse_alias="--nval"
+        None, "validation stops after this many batches and one", argparse_alias="--nval", minimum=0
     )
-    curriculum: int = _option(0, "first epochs whose batches are not shuffled")
+    curriculum: int = _option(0, "first epochs whose batches are not shuffled", minimum=0)
     gen_subset: str = _option("test", "split to evaluate")
-    num_shards: int = _option(1, "number of shards the split is evaluated in")
-    shard_id: int = _option(0, "shard to evaluate, from 0")
+    num_shards: int = _option(1, "number of shards the split is evaluated in", minimum=1)
+    shard_id: int = _option(0, "shard to evaluate, from 0", minimum=0)
     combine_valid_subsets: bool | None = _option(
         None,
         "join the validation splits (valid, valid1, ...) into one",
@@ -325,13 +351,19 @@ class DatasetConfig(FairseqDataclass):
 class OptimizationConfig(FairseqDataclass):
     """How long to train, and with which rate."""
 
-    max_epoch: int = _option(0, "stop after this epoch (0: none)")
-    max_update: int = _option(0, "stop after this update (0: none)")
-    stop_time_hours: float = _option(0, "stop after this many hours of training in all (0: none)")
+    max_epoch: int = _option(0, "stop after this epoch (0: none)", minimum=0)
+    max_update: int = _option(0, "stop after this update (0: none)", minimum=0)
+    stop_time_hours: float = _option(
+        0, "stop after this many hours of training in all (0: none)", minimum=0
+    )
     clip_norm: float = _option(0.0, "largest norm of the gradient (0: any)")
     sentence_avg: bool = _option(False, "divide gradients by rows instead of tokens")
-    update_freq: list[int] = _option([1], "batches per update, one value or one for each epoch")
-    lr: list[float] = _option([0.25], "learning rate; several values where the schedule takes them")
+    update_freq: list[int] = _option(
+        [1], "batches per update, one value or one for each epoch", minimum=1
+    )
+    lr: list[float] = _option(
+        [0.25], "learning rate; several values where the schedule takes them", minimum=0
+    )
     stop_min_lr: float = _option(-1.0, "stop at the end of an epoch whose rate is not above this")
     use_bmuf: bool = _option(False, "BMUF", unsupported=_NO_BMUF)
     skip_remainder_batch: bool = _option(
@@ -357,18 +389,26 @@ class CheckpointConfig(FairseqDataclass):
     optimizer_overrides: str = _option(
         "{}", "Python dictionary of optimizer settings that replace the stored ones"
     )
-    save_interval: int = _option(1, "epochs between checkpoints")
-    save_interval_updates: int = _option(0, "updates between checkpoints (0: epochs only)")
-    keep_interval_updates: int = _option(-1, "newest checkpoints by update to keep (-1: all)")
-    keep_last_epochs: int = _option(-1, "newest checkpoints by epoch to keep (-1: all)")
-    keep_best_checkpoints: int = _option(-1, "best checkpoints to keep (-1: none by score)")
+    save_interval: int = _option(1, "epochs between checkpoints", minimum=1)
+    save_interval_updates: int = _option(
+        0, "updates between checkpoints (0: epochs only)", minimum=0
+    )
+    keep_interval_updates: int = _option(
+        -1, "newest checkpoints by update to keep (-1: all)", minimum=-1
+    )
+    keep_last_epochs: int = _option(-1, "newest checkpoints by epoch to keep (-1: all)", minimum=-1)
+    keep_best_checkpoints: int = _option(
+        -1, "best checkpoints to keep (-1: none by score)", minimum=-1
+    )
     no_save: bool = _option(False, "write no checkpoints")
     no_epoch_checkpoints: bool = _option(False, "write only the last and the best checkpoint")
     no_last_checkpoints: bool = _option(False, "do not write checkpoint_last.pt")
     no_save_optimizer_state: bool = _option(False, "leave the optimizer's state out")
     best_checkpoint_metric: str = _option("loss", "validation figure that decides what is best")
     maximize_best_checkpoint_metric: bool = _option(False, "larger is better")
-    patience: int = _option(-1, "stop after this many validations without improvement (-1: never)")
+    patience: int = _option(
+        -1, "stop after this many validations without improvement (-1: never)", minimum=-1
+    )
     checkpoint_suffix: str = _option("", "added to the names of checkpoints")
     checkpoint_shard_count: int = _option(
         1, "files a checkpoint consists of", unsupported="a checkpoint is one whole file"
@@ -381,7 +421,10 @@ class CheckpointConfig(FairseqDataclass):
     )
     model_parallel_size: int = II("common.model_parallel_size")
     keep_interval_updates_pattern: int = _option(
-        -1, "checkpoints by interval whose update is a multiple of this are kept", extension=True
+        -1,
+        "checkpoints by interval whose update is a multiple of this are kept",
+        extension=True,
+        minimum=-1,
     )
     continue_once: str | None = _option(
         None, "go on from this checkpoint unless save-dir has a newer one", extension=True
@@ -466,7 +509,7 @@ class EvalLMConfig(FairseqDataclass):
         0, "tokens of context before each window (sliding evaluation); below tokens-per-sample"
     )
     softmax_batch: int = _option(
-        sys.maxsize, "most tokens whose whole distribution is computed at once"
+        sys.maxsize, "most tokens whose whole distribution is computed at once", minimum=1
     )
 
 
@@ -483,10 +526,10 @@ class EMAConfig(FairseqDataclass):
     """An exponential moving average of the parameters, kept beside them."""
 
     store_ema: bool = _option(False, "keep a moving average of the parameters")
-    ema_decay: float = _option(0.9999, "decay of the average for each update")
-    ema_start_update: int = _option(0, "first update that enters the average")
+    ema_decay: float = _option(0.9999, "decay of the average for each update", minimum=0, maximum=1)
+    ema_start_update: int = _option(0, "first update that enters the average", minimum=0)
     ema_seed_model: str | None = _option(None, "checkpoint the average starts from")
-    ema_update_freq: int = _option(1, "updates between changes of the average")
+    ema_update_freq: int = _option(1, "updates between changes of the average", minimum=1)
     ema_fp32: bool = _option(False, "keep the average in float32")
 
 

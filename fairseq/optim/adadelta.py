@@ -19,13 +19,14 @@ class AdadeltaConfig(FairseqDataclass):
     """Settings of `adadelta`."""
 
     adadelta_rho: float = field(
-        default=0.9, metadata={"help": "decay of the average of squared gradients"}
+        default=0.9,
+        metadata={"help": "decay of the average of squared gradients", "minimum": 0, "maximum": 1},
     )
     adadelta_eps: float = field(
-        default=1e-6, metadata={"help": "added to the roots, for numerical stability"}
+        default=1e-6, metadata={"help": "added to the roots, for numerical stability", "minimum": 0}
     )
     weight_decay: float = field(
-        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd"}
+        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd", "minimum": 0}
     )
     anneal_eps: bool = field(
         default=False,

@@ -36,10 +36,15 @@ class FairseqAdafactorConfig(FairseqDataclass):
         default=-0.8, metadata={"help": "exponent of the second moment's decay over steps"}
     )
     beta1: float | None = field(
-        default=None, metadata={"help": "decay of the first moment (default: none is kept)"}
+        default=None,
+        metadata={
+            "help": "decay of the first moment (default: none is kept)",
+            "minimum": 0,
+            "maximum": 1,
+        },
     )
     weight_decay: float = field(
-        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd"}
+        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd", "minimum": 0}
     )
     scale_parameter: bool = field(
         default=False, metadata={"help": "multiply the rate by the parameter's root mean square"}

@@ -19,7 +19,7 @@ class AdagradConfig(FairseqDataclass):
     """Settings of `adagrad`."""
 
     weight_decay: float = field(
-        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd"}
+        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd", "minimum": 0}
     )
     lr: list[float] = II("optimization.lr")
 

@@ -25,9 +25,11 @@ class FairseqAdamConfig(FairseqDataclass):
     adam_betas: str = field(
         default="(0.9, 0.999)", metadata={"help": "decay of the two moments, as in (0.9, 0.98)"}
     )
-    adam_eps: float = field(default=1e-8, metadata={"help": "added to the root of the second"})
+    adam_eps: float = field(
+        default=1e-8, metadata={"help": "added to the root of the second", "minimum": 0}
+    )
     weight_decay: float = field(
-        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd"}
+        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd", "minimum": 0}
     )
     use_old_adam: bool = field(
         default=False, metadata={"help": "step by step also on a GPU, without the fused kernel"}

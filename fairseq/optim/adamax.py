@@ -24,9 +24,9 @@ class FairseqAdamaxConfig(FairseqDataclass):
     adamax_betas: str = field(
         default="(0.9, 0.999)", metadata={"help": "decay of moment and maximum, as in (0.9, 0.98)"}
     )
-    adamax_eps: float = field(default=1e-8, metadata={"help": "added to the maximum"})
+    adamax_eps: float = field(default=1e-8, metadata={"help": "added to the maximum", "minimum": 0})
     weight_decay: float = field(
-        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd"}
+        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd", "minimum": 0}
     )
     no_bias_correction: bool = field(
         default=False, metadata={"help": "do not correct the moment's bias towards zero"}

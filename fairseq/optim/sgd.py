@@ -18,9 +18,9 @@ __all__ = ["SGD", "SGDConfig"]
 class SGDConfig(FairseqDataclass):
     """Settings of `sgd`."""
 
-    momentum: float = field(default=0.0, metadata={"help": "momentum factor"})
+    momentum: float = field(default=0.0, metadata={"help": "momentum factor", "minimum": 0})
     weight_decay: float = field(
-        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd"}
+        default=0.0, metadata={"help": "weight decay", "argparse_alias": "--wd", "minimum": 0}
     )
     lr: list[float] = II("optimization.lr")
 

@@ -42,9 +42,15 @@ class LanguageModelingConfig(FairseqDataclass):
             "choices": list(BREAK_MODES),
         },
     )
-    tokens_per_sample: int = field(default=1024, metadata={"help": "most tokens in a block"})
+    tokens_per_sample: int = field(
+        default=1024, metadata={"help": "most tokens in a block", "minimum": 1}
+    )
     output_dictionary_size: int = field(
-        default=-1, metadata={"help": "predict only so many words, the others as <unk> (-1: all)"}
+        default=-1,
+        metadata={
+            "help": "predict only so many words, the others as <unk> (-1: all)",
+            "minimum": -1,
+        },
     )
     self_target: bool = field(default=False, metadata={"help": "predict the token read"})
     future_target: bool = field(default=False, metadata={"help": "predict the next token"})
@@ -55,7 +61,7 @@ class LanguageModelingConfig(FairseqDataclass):
     )
     max_target_positions: int | None = field(
         default=None,
-        metadata={"help": "longest row the model takes (default: tokens-per-sample)"},
+        metadata={"help": "longest row the model takes (default: tokens-per-sample)", "minimum": 1},
     )
     shorten_method: str = field(
         default="none",

@@ -119,3 +119,38 @@ def test_dictionary_literals_are_never_evaluated():
     for text in ("__import__('os').getcwd()", "[1]", "{'a': open('x')}", "{"):
         with pytest.raises(ValueError, match="--model-overrides"):
             literal_dict(text, "--model-overrides")
+
+
+@dataclass
+class Ranges(FairseqDataclass):
+    size: int = field(default=3, metadata={"minimum": 1})
+    share: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
+    rates: list[float] = field(default_factory=lambda: [0.25], metadata={"minimum": 0})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--size=0", "argument --size: 0 is out of range; it must be at least 1"),
+        ("--size=1.5", "argument --size: '1.5' is not a whole number"),
+        ("--share=1.5", "argument --share: 1.5 is out of range; it must be from 0 to 1"),
+        ("--share=nan", "argument --share: nan is out of range"),
+        ("--share=x", "argument --share: 'x' is not a number"),
+        ("--rates=0.1,-2", "argument --rates: -2.0 is out of range; it must be at least 0"),
+        ("--rates=x", "argument --rates: 'x' is not a number or a list of numbers"),
+    ],
+)
+def test_numbers_are_held_to_their_range(option, message, capsys):
+    parser = CommandParser(prog="command")
+    parser.add_dataclass("group", Ranges)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args([option])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_ends_of_a_range_belong_to_it():
+    parser = CommandParser(prog="command")
+    parser.add_dataclass("group", Ranges)
+    args = parser.parse_args(["--size=1", "--share=1", "--rates=0,3"])
+    assert (args.size, args.share, args.rates) == (1, 1.0, [0.0, 3.0])

@@ -35,22 +35,30 @@ class TransformerLanguageModelConfig(FairseqDataclass):
     """Settings of a transformer language model; the names are those in checkpoints."""
 
     activation_fn: str = _option("relu", "activation of the feed-forward net", choices=ACTIVATIONS)
-    dropout: float = _option(0.1, "dropout probability")
-    attention_dropout: float = _option(0.0, "dropout probability of attention weights")
-    activation_dropout: float = _option(0.0, "dropout probability after the activation")
-    relu_dropout: float = _option(0.0, "older name of --activation-dropout, which wins")
-    decoder_embed_dim: int = _option(512, "width of the model")
-    decoder_output_dim: int = _option(512, "width of what the output layer reads")
-    decoder_input_dim: int = _option(512, "width of the input embeddings")
-    decoder_ffn_embed_dim: int = _option(2048, "width inside the feed-forward net")
-    decoder_layers: int = _option(6, "number of layers")
-    decoder_attention_heads: int = _option(8, "number of attention heads")
+    dropout: float = _option(0.1, "dropout probability", minimum=0, maximum=1)
+    attention_dropout: float = _option(
+        0.0, "dropout probability of attention weights", minimum=0, maximum=1
+    )
+    activation_dropout: float = _option(
+        0.0, "dropout probability after the activation", minimum=0, maximum=1
+    )
+    relu_dropout: float = _option(
+        0.0, "older name of --activation-dropout, which wins", minimum=0, maximum=1
+    )
+    decoder_embed_dim: int = _option(512, "width of the model", minimum=1)
+    decoder_output_dim: int = _option(512, "width of what the output layer reads", minimum=1)
+    decoder_input_dim: int = _option(512, "width of the input embeddings", minimum=1)
+    decoder_ffn_embed_dim: int = _option(2048, "width inside the feed-forward net", minimum=1)
+    decoder_layers: int = _option(6, "number of layers", minimum=1)
+    decoder_attention_heads: int = _option(8, "number of attention heads", minimum=1)
     decoder_normalize_before: bool = _option(False, "layer norm before each part of a layer")
     no_decoder_final_norm: bool = _option(False, "no layer norm after the last layer")
     adaptive_softmax_cutoff: str | None = _option(
         None, "first ids of the bands of an adaptive softmax, separated by commas"
     )
-    adaptive_softmax_dropout: float = _option(0.0, "dropout probability of the adaptive softmax")
+    adaptive_softmax_dropout: float = _option(
+        0.0, "dropout probability of the adaptive softmax", minimum=0, maximum=1
+    )
     adaptive_softmax_factor: float = _option(4.0, "how much narrower each tail is than the last")
     no_token_positional_embeddings: bool = _option(
         False, "keep no position embeddings in the model; ALiBi does not read them anyway"
@@ -90,7 +98,9 @@ class TransformerLanguageModelConfig(FairseqDataclass):
     offload_activations: bool = _option(
         False, "also keep the inputs of layers in the memory of the host"
     )
-    decoder_layerdrop: float = _option(0.0, "probability that a layer is left out in training")
+    decoder_layerdrop: float = _option(
+        0.0, "probability that a layer is left out in training", minimum=0, maximum=1
+    )
     decoder_layers_to_keep: str | None = _option(
         None, "layers of a checkpoint to use, separated by commas"
     )
@@ -102,7 +112,9 @@ class TransformerLanguageModelConfig(FairseqDataclass):
         0.0, "scalar quantisation noise", unsupported=_NO_QUANTISATION
     )
     min_params_to_wrap: int = _option(
-        100000000, "fewest parameters of a layer that is sharded on its own (fully_sharded)"
+        100000000,
+        "fewest parameters of a layer that is sharded on its own (fully_sharded)",
+        minimum=0,
     )
     base_layers: int = _option(0, "number of base layers", unsupported=_NO_BASE_LAYERS)
     base_sublayers: int = _option(1, "sublayers of a base layer", unsupported=_NO_BASE_LAYERS)

@@ -19,7 +19,7 @@ class CosineLRScheduleConfig(FairseqDataclass):
     """Settings of `cosine`."""
 
     warmup_updates: int = field(
-        default=0, metadata={"help": "updates over which the rate rises linearly"}
+        default=0, metadata={"help": "updates over which the rate rises linearly", "minimum": 0}
     )
     warmup_init_lr: float = field(
         default=-1, metadata={"help": "rate before the first update (negative: --min-lr)"}

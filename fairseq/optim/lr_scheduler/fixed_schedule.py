@@ -22,7 +22,7 @@ class FixedLRScheduleConfig(FairseqDataclass):
     )
     lr_shrink: float = field(default=0.1, metadata={"help": "factor for each epoch of annealing"})
     warmup_updates: int = field(
-        default=0, metadata={"help": "updates over which the rate rises linearly"}
+        default=0, metadata={"help": "updates over which the rate rises linearly", "minimum": 0}
     )
     lr: list[float] = II("optimization.lr")
 

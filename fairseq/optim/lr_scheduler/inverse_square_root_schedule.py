@@ -18,7 +18,7 @@ class InverseSquareRootLRScheduleConfig(FairseqDataclass):
     """Settings of `inverse_sqrt`."""
 
     warmup_updates: int = field(
-        default=4000, metadata={"help": "updates over which the rate rises linearly"}
+        default=4000, metadata={"help": "updates over which the rate rises linearly", "minimum": 0}
     )
     warmup_init_lr: float = field(
         default=-1, metadata={"help": "rate before the first update (negative: 0)"}

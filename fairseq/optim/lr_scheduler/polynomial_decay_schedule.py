@@ -18,7 +18,8 @@ class PolynomialDecayLRScheduleConfig(FairseqDataclass):
     """Settings of `polynomial_decay`. `total_num_update` becomes `max_update` if it is not set."""
 
     warmup_updates: int = field(
-        default=0, metadata={"help": "updates over which the rate rises linearly from 0"}
+        default=0,
+        metadata={"help": "updates over which the rate rises linearly from 0", "minimum": 0},
     )
     force_anneal: int | None = field(
         default=None, metadata={"help": "first epoch that no longer takes its own --lr"}

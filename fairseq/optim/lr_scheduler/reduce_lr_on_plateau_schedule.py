@@ -24,10 +24,10 @@ class ReduceLROnPlateauLRScheduleConfig(FairseqDataclass):
         default=1e-4, metadata={"help": "relative change that counts as improvement"}
     )
     lr_patience: int = field(
-        default=0, metadata={"help": "epochs without improvement that are waited for"}
+        default=0, metadata={"help": "epochs without improvement that are waited for", "minimum": 0}
     )
     warmup_updates: int = field(
-        default=0, metadata={"help": "updates over which the rate rises linearly"}
+        default=0, metadata={"help": "updates over which the rate rises linearly", "minimum": 0}
     )
     warmup_init_lr: float = field(
         default=-1, metadata={"help": "rate before the first update (negative: 0, or --lr)"}

@@ -18,9 +18,13 @@ __all__ = ["TriStageLRSchedule", "TriStageLRScheduleConfig"]
 class TriStageLRScheduleConfig(FairseqDataclass):
     """Settings of `tri_stage`."""
 
-    warmup_steps: int = field(default=0, metadata={"help": "updates of the linear rise"})
-    hold_steps: int = field(default=0, metadata={"help": "updates at --lr"})
-    decay_steps: int = field(default=0, metadata={"help": "updates of the exponential decay"})
+    warmup_steps: int = field(
+        default=0, metadata={"help": "updates of the linear rise", "minimum": 0}
+    )
+    hold_steps: int = field(default=0, metadata={"help": "updates at --lr", "minimum": 0})
+    decay_steps: int = field(
+        default=0, metadata={"help": "updates of the exponential decay", "minimum": 0}
+    )
     phase_ratio: list[float] | None = field(
         default=None,
         metadata={"help": "shares of --max-update for the three, as in (0.1, 0.4, 0.5), instead"},

@@ -19,7 +19,9 @@ class TriangularLRScheduleConfig(FairseqDataclass):
     """Settings of `triangular`."""
 
     max_lr: float = field(default=MISSING, metadata={"help": "highest rate, above --lr"})  # type: ignore[assignment]
-    lr_period_updates: float = field(default=5000, metadata={"help": "updates of one cycle"})
+    lr_period_updates: float = field(
+        default=5000, metadata={"help": "updates of one cycle", "minimum": 1}
+    )
     lr_shrink: float = field(default=0.1, metadata={"help": "factor of --max-lr for each cycle"})
     shrink_min: bool = field(default=False, metadata={"help": "shrink the lower rate as well"})
     lr: list[float] = II("optimization.lr")
