@@ -563,7 +563,7 @@ class Trainer:
             return self.optimizer.clip_grad_norm(clip_norm)
         from fairseq.distributed.fsdp import local_grad_norm_aggregator
 
-        aggregate = local_grad_norm_aggregator(self.data_parallel_process_group)
+        aggregate = local_grad_norm_aggregator(self.data_parallel_process_group, self.device)
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
 
     def _update_ema(self) -> None:

@@ -228,3 +228,60 @@ def test_averages_come_without_loss_if_the_criterion_logs_none(caplog, monkeypat
     trainer.train_step(WHOLE)
     assert metrics.get_smoothed_values("train")["loss"] == -1
     assert sum("logs no 'loss'" in r.getMessage() for r in caplog.records) == 1
+
+
+def saved(trainer, path, **changes):
+    position = {"version": 2, "epoch": 1, "iterations_in_epoch": 1, "shuffle": True, **changes}
+    trainer.save_checkpoint(str(path), {"train_iterator": position, "val_loss": None})
+    return str(path)
+
+
+def test_a_restored_trainer_goes_on_counting(tmp_path):
+    trainer = make_trainer(adam=True)
+    for _ in range(3):
+        trainer.train_step(WHOLE)
+    trainer.set_previous_training_time(50.0)
+    path = saved(trainer, tmp_path / "a.pt")
+    trainer.train_step(WHOLE)
+    again = make_trainer(adam=True)
+    extra_state = again.load_checkpoint(path)
+    assert extra_state["train_iterator"]["iterations_in_epoch"] == 1
+    assert again.get_num_updates() == 3
+    assert 50 <= again.cumulative_training_time() < 60
+    # The clock of the run goes on too, although the one in the file has stopped.
+    assert metrics.get_meter("default", "wall").elapsed_time > 0
+    assert metrics.get_meter("train", "loss").count == 9
+    again.train_step(WHOLE)
+    assert torch.equal(again.get_model().a, trainer.get_model().a)
+
+
+def test_averages_start_anew_at_the_start_of_an_epoch(tmp_path):
+    trainer = make_trainer()
+    trainer.train_step(WHOLE)
+    path = saved(trainer, tmp_path / "a.pt", epoch=2, iterations_in_epoch=0)
+    again = make_trainer()
+    again.load_checkpoint(path)
+    assert metrics.get_meter("train", "loss") is None
+
+
+def test_without_optimizer_state_updates_count_from_zero(tmp_path):
+    trainer = make_trainer()
+    trainer.cfg.checkpoint.no_save_optimizer_state = True
+    trainer.train_step(WHOLE)
+    path = saved(trainer, tmp_path / "a.pt")
+    again = make_trainer()
+    again.load_checkpoint(path)
+    assert again.get_num_updates() == 0
+    assert torch.equal(again.get_model().a, trainer.get_model().a)
+    assert "last_optimizer_state" not in torch.load(path, weights_only=True)
+
+
+def test_another_loss_or_optimizer_needs_a_reset(tmp_path):
+    trainer = make_trainer()
+    trainer.train_step(WHOLE)
+    path = saved(trainer, tmp_path / "a.pt")
+    other = make_trainer(adam=True)
+    with pytest.raises(ValueError, match=r"optimizer FairseqNAG.*FairseqAdam.*--reset-optimizer"):
+        other.load_checkpoint(path)
+    assert other.load_checkpoint(path, reset_optimizer=True) is not None
+    assert make_trainer().load_checkpoint(str(tmp_path / "none.pt")) is None

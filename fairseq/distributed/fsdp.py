@@ -8,7 +8,7 @@ tensor reads such a file.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -138,7 +138,9 @@ def gather_whole(state: Any, *, keep: bool = True) -> Any:
         The same containers with plain tensors on the CPU.
     """
     if isinstance(state, DTensor):
-        whole = state.full_tensor()
+        # Shards that were moved to the CPU are gathered where the group communicates.
+        shard = cast(DTensor, state.to(state.device_mesh.device_type))
+        whole = shard.full_tensor()
         return whole.detach().cpu() if keep else whole.new_empty(0, device="cpu")
     if isinstance(state, dict):
         return {key: gather_whole(value, keep=keep) for key, value in state.items()}
@@ -169,11 +171,16 @@ def _cut_entry(value: Any, param: nn.Parameter) -> Any:
     return _cut_like(value, param, replicate=value.shape != param.shape)
 
 
-def local_grad_norm_aggregator(process_group: ProcessGroup | None) -> Any:
-    """Returns the function that turns the norms of the workers' shards into the norm of all."""
+def local_grad_norm_aggregator(process_group: ProcessGroup | None, device: torch.device) -> Any:
+    """Returns the function that turns the norms of the workers' shards into the norm of all.
+
+    Args:
+        process_group: the workers.
+        device: where the group communicates.
+    """
 
     def aggregate(norm: torch.Tensor) -> torch.Tensor:
-        square = norm.detach().float() ** 2
+        square = norm.detach().to(device, torch.float32) ** 2
         dist.all_reduce(square, group=process_group)
         return square.sqrt()
 

@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import (
+    ProcessExitedException,
+    ProcessRaisedException,
+    start_processes,
+)
 
 from fairseq.distributed.groups import is_initialized, is_master
 from fairseq.utils import import_user_module
@@ -147,23 +153,47 @@ def _num_processes(cfg: Any) -> int:
 
 
 def _spawn(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any], num: int) -> None:
-    errors = multiprocessing.get_context("spawn").SimpleQueue()
+    method = _way_to_start(main)
+    errors = multiprocessing.get_context(method).SimpleQueue()
     # Plug-ins must be imported before the objects that refer to their classes are unpickled.
     payload = pickle.dumps((cfg, main, kwargs))
-    context = torch.multiprocessing.start_processes(
-        _worker, (cfg.common.user_dir, payload, errors, _log_style()), nprocs=num, join=False
-    )
+    surroundings = (cfg.common.user_dir, multiprocessing.get_start_method(), _log_style())
+    context = start_processes(_worker, (*surroundings, payload, errors), nprocs=num, join=False)
     try:
         while not context.join():
             pass
     except (
-        torch.multiprocessing.ProcessExitedException,
-        torch.multiprocessing.ProcessRaisedException,
+        ProcessExitedException,
+        ProcessRaisedException,
     ) as failure:
-        message = str(failure) if errors.empty() else errors.get()
-        raise RuntimeError(message) from None
+        raise RuntimeError(_cause(context.processes, errors) or str(failure)) from None
     finally:
         _end(context.processes)
+
+
+def _way_to_start(main: Callable[..., Any]) -> str:
+    """Returns how to start processes that may use a GPU: forking this one would not do.
+
+    A server that has imported what `main` needs is forked, which saves each process the import.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.set_forkserver_preload([main.__module__])
+    return "forkserver"
+
+
+def _cause(processes: list[Any], errors: Any) -> str:
+    """Returns why the first of the started processes failed, "" if that is not known.
+
+    One that was killed comes before the others' complaints that it does not answer.
+    """
+    for rank, process in enumerate(processes):
+        # SIGTERM is what the others are ended with.
+        number = -(process.exitcode or 0)
+        if number > 0 and number != signal.SIGTERM:
+            name = signal.Signals(number).name
+            return f"worker {rank} was ended by {name}; was there enough memory?"
+    return "" if errors.empty() else str(errors.get())
 
 
 def _end(processes: list[Any]) -> None:
@@ -185,8 +215,15 @@ def _log_style() -> dict[str, Any]:
 
 
 def _worker(
-    local_rank: int, user_dir: str | None, payload: bytes, errors: Any, log_style: dict[str, Any]
+    local_rank: int,
+    user_dir: str | None,
+    start_method: str,
+    log_style: dict[str, Any],
+    payload: bytes,
+    errors: Any,
 ) -> None:
+    # Else its data loaders would be started the same way, which takes seconds in each epoch.
+    multiprocessing.set_start_method(start_method, force=True)
     if log_style:
         logging.basicConfig(stream=sys.stdout, **log_style)
     import_user_module(Namespace(user_dir=user_dir))
@@ -234,12 +271,14 @@ def distributed_init(cfg: Any) -> int:
             f"distributed init (rank {distributed.distributed_rank}): "
             f"{distributed.distributed_init_method}"
         )
+        backend = _backend(distributed, on_cuda)
+        uses_nccl = backend == "nccl"
         dist.init_process_group(
-            backend=_backend(distributed, on_cuda),
+            backend=backend,
             init_method=distributed.distributed_init_method,
             world_size=distributed.distributed_world_size,
             rank=distributed.distributed_rank,
-            device_id=torch.device("cuda", distributed.device_id) if on_cuda else None,
+            device_id=torch.device("cuda", distributed.device_id) if uses_nccl else None,
         )
         logger.info(
             f"initialized host {socket.gethostname()} as rank {distributed.distributed_rank}"

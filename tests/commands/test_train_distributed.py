@@ -1,9 +1,7 @@
 """Several workers train as one process does with as many batches per update."""
 
 import json
-import os
 import re
-import sys
 
 import pytest
 import torch
@@ -25,22 +23,19 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def on_workers(monkeypatch, caplog, capfd, tmp_path, data):
+def on_workers(monkeypatch, caplog, capsys, tmp_path, data):
     """Returns a function: (workers, options) -> update -> interim line of rank 0."""
 
     def run(workers, options, save_dir="several", model=TINY_MODEL):
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        log = tmp_path / f"{save_dir}.{workers}.log"
         command = (
             f"{data} {model} {TINY_TRAINING} {BATCHES} --save-dir {tmp_path / save_dir} "
-            f"--distributed-world-size {workers} {options}"
+            f"--distributed-world-size {workers} --log-file {log} {options}"
         )
-        capfd.readouterr()
         code = train(monkeypatch, caplog, command).exit_code
-        printed, errors = capfd.readouterr()
-        assert code == 0, errors
-        found = [json.loads(text) for text in re.findall(r"train_inner.*?(\{.*\})", printed)]
-        return {int(line["num_updates"]): line for line in found}
+        assert code == 0, capsys.readouterr().err
+        found = re.findall(r"train_inner.*?(\{.*\})", log.read_text())
+        return {int(line["num_updates"]): line for line in map(json.loads, found)}
 
     return run
 

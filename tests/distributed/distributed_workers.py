@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 from torch import nn
 
+import fairseq_cli.train  # noqa: F401  loaded once, for all the processes that are started
 from fairseq.distributed import utils as distributed_utils
 from fairseq.distributed.data_parallel import DistributedFairseqModel
 from fairseq.distributed.statistics import StatisticsSum, check_gradient_norms
@@ -166,7 +168,7 @@ def _clip(params: list[nn.Parameter], backend: str, group: Any) -> float:
     if backend == "fully_sharded":
         from fairseq.distributed.fsdp import local_grad_norm_aggregator
 
-        aggregate = local_grad_norm_aggregator(group)
+        aggregate = local_grad_norm_aggregator(group, torch.device("cpu"))
     return float(clip_grad_norm_(params, 1.0, aggregate))
 
 

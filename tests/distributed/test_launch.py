@@ -96,6 +96,6 @@ def test_a_defect_in_a_worker_keeps_its_traceback():
 
 def test_a_killed_worker_ends_the_run():
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match="process 1 terminated with signal SIGKILL"):
+    with pytest.raises(RuntimeError, match="worker 1 was ended by SIGKILL"):
         call_main(settings(2), workers.is_killed_on_rank_one)
     assert time.monotonic() - started < 30
