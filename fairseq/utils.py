@@ -165,7 +165,7 @@ def import_user_module(args: argparse.Namespace | Any) -> None:
     candidates = [given.absolute(), package / given, package.parent / given]
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
-        tried = ", ".join(str(candidate) for candidate in candidates)
+        tried = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates))
         raise FileNotFoundError(f"--user-dir: there is no {user_dir} (looked for {tried})")
     path = path.resolve()
     name = path.stem

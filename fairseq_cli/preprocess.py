@@ -43,10 +43,14 @@ def cli_main() -> None:
     args = options.parse_args(parser)
     if args.dataset_impl not in indexed_dataset.get_available_dataset_impl():
         parser.error(f"--dataset-impl {args.dataset_impl} is not supported; use mmap")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    run_command(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
     if args.log_file is not None:
         log_to_file(args.log_file)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    run_command(lambda: main(args))
+    main(args)
 
 
 def main(args: argparse.Namespace) -> None:

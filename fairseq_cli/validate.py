@@ -52,6 +52,8 @@ def main(cfg: Any, override_args: argparse.Namespace | None = None) -> list[dict
     """
     set_up_logging()
     utils.import_user_module(cfg.common)
+    if cfg.common.log_file is not None:
+        progress_bar.log_to_file(cfg.common.log_file)
     _check_settings(cfg)
     given = vars(override_args) if override_args is not None else {}
     overrides = {name: value for name, value in given.items() if name not in _NO_OVERRIDES}

@@ -167,6 +167,8 @@ def _list_parser(element: Any, flag: str, metadata: Mapping[str, Any]) -> Any:
         except ValueError as error:
             # argparse names the flag itself.
             raise argparse.ArgumentTypeError(str(error).removeprefix(f"{flag}: ")) from None
+        if not values and "minimum" in metadata:
+            raise argparse.ArgumentTypeError("it is empty; give a number or a list such as 0.1,0.2")
         for value in values:
             _check_range(value, metadata)
         return values
@@ -189,8 +191,12 @@ def _number_parser(kind: Any, metadata: Mapping[str, Any]) -> Any:
 
 def _check_range(value: Any, metadata: Mapping[str, Any]) -> None:
     """Refuses a number outside of what its field allows, and NaN."""
+    if not isinstance(value, (int, float)):
+        return
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError("it is not a number")
     lowest, highest = metadata.get("minimum", -math.inf), metadata.get("maximum", math.inf)
-    if not isinstance(value, (int, float)) or lowest <= value <= highest:
+    if lowest <= value <= highest:
         return
     allowed = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
     raise argparse.ArgumentTypeError(f"{value} is out of range; it must be {allowed}")

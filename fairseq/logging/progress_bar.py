@@ -70,13 +70,21 @@ def progress_bar(
 
 
 def log_to_file(path: str) -> None:
-    """Appends everything that is logged to a file as well; once for each file."""
+    """Appends everything that is logged to a file as well; once for each file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     root = logging.getLogger()
     target = os.path.abspath(path)
     for handler in root.handlers:
         if isinstance(handler, logging.FileHandler) and handler.baseFilename == target:
             return
-    handler = logging.FileHandler(target, encoding="utf-8")
+    try:
+        handler = logging.FileHandler(target, encoding="utf-8")
+    except OSError as error:
+        message = f"--log-file: cannot write {target}: {error.strerror}"
+        raise type(error)(error.errno, message) from None
     if root.handlers and root.handlers[0].formatter is not None:
         handler.setFormatter(root.handlers[0].formatter)
     root.addHandler(handler)
@@ -327,12 +335,20 @@ class TensorboardProgressBar(_UploadingProgressBar):
             return
         folder = os.path.join(self.folder, tag or "")
         if folder not in _writers:
-            _writers[folder] = self._make_writer(folder)
+            _writers[folder] = self._writer_for(folder)
             _writers[folder].add_text("sys.argv", str(sys.argv))
         step = stats["num_updates"] if step is None else step
         for key, value in _numbers(stats):
             _writers[folder].add_scalar(key, value, step)
         _writers[folder].flush()
+
+    def _writer_for(self, folder: str) -> Any:
+        assert self._make_writer is not None
+        try:
+            return self._make_writer(folder)
+        except OSError as error:
+            message = f"--tensorboard-logdir: cannot write {folder}: {error.strerror}"
+            raise type(error)(error.errno, message) from None
 
 
 class WandbProgressBar(_UploadingProgressBar):

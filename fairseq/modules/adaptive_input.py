@@ -91,6 +91,8 @@ def band_width(initial_dim: int, factor: float, band: int, flag: str) -> int:
     Raises:
         ValueError: no width is left.
     """
+    if factor <= 0:
+        raise ValueError(f"{flag} is {factor:g}; it must be larger than 0, such as 4")
     width = int(initial_dim // factor**band)
     if width < 1:
         raise ValueError(

@@ -511,3 +511,13 @@ def test_binarized_text_can_be_printed():
     ]
     assert all(printed in (original, "<unk>") for printed, original in pairs)
     assert sum(printed == original for printed, original in pairs) > 4900
+
+
+def test_a_log_file_that_cannot_be_written_is_named(tmp_path):
+    text = write(tmp_path / "text", "a b\n")
+    found = run_command(
+        "--trainpref", text, "--destdir", tmp_path / "bin", "--log-file", tmp_path / "no" / "log"
+    )
+    assert found.returncode == 1
+    assert "--log-file: cannot write" in found.stderr and "Traceback" not in found.stderr
+    assert not (tmp_path / "bin").exists()

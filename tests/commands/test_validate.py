@@ -107,3 +107,15 @@ def test_what_cannot_be_validated(run, command, message):
     code, _, printed = run(command)
     assert code == 1
     assert message in printed
+
+
+def test_the_log_goes_to_a_file_as_well(run, tmp_path):
+    root = logging.getLogger()
+    before = list(root.handlers)
+    try:
+        assert run(f"{GPT} --valid-subset valid --max-tokens 512 --log-file {tmp_path}/log")[0] == 0
+    finally:
+        for handler in [h for h in root.handlers if h not in before]:
+            handler.close()
+            root.removeHandler(handler)
+    assert "valid on 'valid' subset | loss" in (tmp_path / "log").read_text()

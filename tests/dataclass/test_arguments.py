@@ -134,9 +134,10 @@ class Ranges(FairseqDataclass):
         ("--size=0", "argument --size: 0 is out of range; it must be at least 1"),
         ("--size=1.5", "argument --size: '1.5' is not a whole number"),
         ("--share=1.5", "argument --share: 1.5 is out of range; it must be from 0 to 1"),
-        ("--share=nan", "argument --share: nan is out of range"),
+        ("--share=nan", "argument --share: it is not a number"),
         ("--share=x", "argument --share: 'x' is not a number"),
         ("--rates=0.1,-2", "argument --rates: -2.0 is out of range; it must be at least 0"),
+        ("--rates=", "argument --rates: it is empty; give a number or a list"),
         ("--rates=x", "argument --rates: 'x' is not a number or a list of numbers"),
     ],
 )

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from fairseq.logging.meters import AverageMeter
-from fairseq.logging.progress_bar import format_stat, progress_bar
+from fairseq.logging.progress_bar import format_stat, log_to_file, progress_bar
 
 
 class FromTheMiddle(list):
@@ -94,6 +94,20 @@ def test_a_log_file_receives_the_lines_once(tmp_path):
             handler.close()
             root.removeHandler(handler)
     assert path.read_text().count("loss 1") == 1
+
+
+def test_a_log_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--log-file: cannot write .*/nowhere/run\.log"):
+        log_to_file(str(tmp_path / "nowhere" / "run.log"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_folder_for_events_that_cannot_be_written_is_named(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    bar = progress_bar([0], log_format="none", tensorboard_logdir=str(tmp_path / "file" / "events"))
+    with pytest.raises(OSError, match="--tensorboard-logdir: cannot write .*/file/events"):
+        bar.print({"loss": 1, "num_updates": 7}, tag="valid", step=7)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -222,6 +222,11 @@ def test_cutoffs_beyond_the_vocabulary():
         AdaptiveSoftmax(6424, WIDTH, [20000, 60000], 0.0)
 
 
+def test_factor_that_is_not_positive():
+    with pytest.raises(ValueError, match="--adaptive-input-factor is 0; it must be larger than 0"):
+        AdaptiveInput(50, 1, 16, 0.0, 16, [10, 30])
+
+
 def test_factor_that_leaves_no_width():
     with pytest.raises(ValueError, match=r"--adaptive-input-factor 8 .*band 2 .*width 16"):
         AdaptiveInput(50, 1, WIDTH, 8.0, WIDTH, [10, 30])
