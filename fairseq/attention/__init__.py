@@ -5,9 +5,25 @@ Two axes: what is added to the scores (`bias`, `mask`) and how attention is comp
 
 from fairseq.attention.backends import BACKENDS, get_backend
 from fairseq.attention.backends.base import AttentionBackend, Prepared
-from fairseq.attention.bias import AttentionBias, LinearBias, Positions, ZeroBias
+from fairseq.attention.bias import AttentionBias, LinearBias, ZeroBias
+from fairseq.attention.bidirectional import (
+    PrefixBias,
+    SplitHeadsBias,
+    SymmetricBias,
+    TwoSlopeBias,
+)
+from fairseq.attention.coordinates import Positions
 from fairseq.attention.functional import attend
-from fairseq.attention.mask import BIDIRECTIONAL, CAUSAL, FutureMaskBuffer, MaskRule
+from fairseq.attention.mask import FutureMaskBuffer
+from fairseq.attention.repositioned import ChunkBias, CrossBias
+from fairseq.attention.rules import (
+    BIDIRECTIONAL,
+    CAUSAL,
+    AttentionRule,
+    MaskRule,
+    PrefixRule,
+    SplitHeadsRule,
+)
 
 __all__ = [
     "BACKENDS",
@@ -15,11 +31,20 @@ __all__ = [
     "CAUSAL",
     "AttentionBackend",
     "AttentionBias",
+    "AttentionRule",
+    "ChunkBias",
+    "CrossBias",
     "FutureMaskBuffer",
     "LinearBias",
     "MaskRule",
     "Positions",
+    "PrefixBias",
+    "PrefixRule",
     "Prepared",
+    "SplitHeadsBias",
+    "SplitHeadsRule",
+    "SymmetricBias",
+    "TwoSlopeBias",
     "ZeroBias",
     "attend",
     "get_backend",

@@ -11,19 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+from fairseq.attention.coordinates import Positions, position_tensor, signed_distance
+from fairseq.attention.rules import CAUSAL, AttentionRule
+
 __all__ = ["AttentionBias", "LinearBias", "Positions", "ZeroBias", "position_tensor"]
-
-Positions = torch.Tensor | range
-"""Positions of queries or keys: a `range`, or a tensor (T,) or (B, T). A range says, without
-looking at data, that the positions are evenly spaced and shared by all rows."""
-
-
-def position_tensor(positions: Positions, device: torch.device | None = None) -> torch.Tensor:
-    """Returns positions as a tensor of float32, in which whole numbers are exact up to 2**24."""
-    if isinstance(positions, range):
-        start, stop, step = positions.start, positions.stop, positions.step
-        return torch.arange(start, stop, step, dtype=torch.float32, device=device)
-    return positions.to(device=device, dtype=torch.float32)
 
 
 class AttentionBias(ABC):
@@ -31,11 +22,19 @@ class AttentionBias(ABC):
 
     Attributes:
         num_heads: number of heads.
+        rule: who may see whom where this bias is meant to be used; `prepare` takes it apart from
+            the bias, so that each can be changed without the other.
         is_learned: whether gradients flow into the bias; such a bias is never cached.
+        is_relative: whether it depends on differences of positions alone, so that adding a number
+            to all of them changes nothing.
+        is_per_row: whether rows differ at the same positions; such a bias is never cached.
     """
 
     num_heads: int
+    rule: AttentionRule = CAUSAL
     is_learned: bool = False
+    is_relative: bool = True
+    is_per_row: bool = False
 
     @abstractmethod
     def dense(
@@ -68,10 +67,8 @@ class ZeroBias(AttentionBias):
         *,
         device: torch.device | None = None,
     ) -> torch.Tensor:
-        query = position_tensor(query_positions, device)
-        key = position_tensor(key_positions, device)
-        distance = query.unsqueeze(-1) - key.unsqueeze(-2)
-        return torch.zeros_like(distance).unsqueeze(-3)  # (1, T, S) or (B, 1, T, S)
+        distance = signed_distance(query_positions, key_positions, device)
+        return distance.zero_().unsqueeze(-3)  # (1, T, S) or (B, 1, T, S)
 
     def heads(self, which: slice) -> ZeroBias:
         return ZeroBias(len(range(*which.indices(self.num_heads))))
@@ -99,9 +96,7 @@ class LinearBias(AttentionBias):
         *,
         device: torch.device | None = None,
     ) -> torch.Tensor:
-        query = position_tensor(query_positions, device)
-        key = position_tensor(key_positions, device)
-        distance = (query.unsqueeze(-1) - key.unsqueeze(-2)).abs_()  # (T, S) or (B, T, S)
+        distance = signed_distance(query_positions, key_positions, device).abs_()
         slopes = -self.slopes.to(distance.device).view(-1, 1, 1)
         return slopes * distance.unsqueeze(-3)  # (H, T, S) or (B, H, T, S)
 

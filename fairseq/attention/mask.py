@@ -1,4 +1,4 @@
-"""Who may see whom, and the dense mask that says it together with the bias.
+"""The dense mask that says who may see whom together with the bias.
 
 A mask is what is added to attention scores: the bias where a key may be seen, -inf where not.
 Shapes: `B` rows, `H` heads, `T` queries, `S` keys.
@@ -7,59 +7,18 @@ Shapes: `B` rows, `H` heads, `T` queries, `S` keys.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 
-from fairseq.attention.bias import AttentionBias, Positions, position_tensor
+from fairseq.attention.bias import AttentionBias, Positions
+from fairseq.attention.rules import BIDIRECTIONAL, CAUSAL, AttentionRule, MaskRule
 
 __all__ = ["BIDIRECTIONAL", "CAUSAL", "FutureMaskBuffer", "MaskRule", "hidden_keys", "join"]
 
 
-@dataclass(frozen=True)
-class MaskRule:
-    """Which keys a query may see, by position alone.
-
-    Attributes:
-        is_causal: only keys at its own position and before.
-        window: only keys nearer than this many positions; 1 is its own position alone. None sees
-            any distance.
-    """
-
-    is_causal: bool = True
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}; a query must see at least 1 position")
-
-    def is_allowed(
-        self,
-        query_positions: Positions,
-        key_positions: Positions,
-        *,
-        device: torch.device | None = None,
-    ) -> torch.Tensor | None:
-        """Returns bool (T, S) or (B, T, S), True where seen; None if every key may be seen."""
-        if not self.is_causal and self.window is None:
-            return None
-        query = position_tensor(query_positions, device).unsqueeze(-1)
-        key = position_tensor(key_positions, device).unsqueeze(-2)
-        if self.window is None:
-            return key <= query
-        distance = query - key
-        if not self.is_causal:
-            return distance.abs_() < self.window
-        return (distance >= 0) & (distance < self.window)
-
-
-CAUSAL = MaskRule()
-BIDIRECTIONAL = MaskRule(is_causal=False)
-
-
 def join(
     bias: AttentionBias,
-    rule: MaskRule,
+    rule: AttentionRule,
     query_positions: Positions,
     key_positions: Positions,
     *,
@@ -70,11 +29,12 @@ def join(
     mask = bias.dense(query_positions, key_positions, device=device)
     is_allowed = rule.is_allowed(query_positions, key_positions, device=device)
     if is_allowed is not None:
-        is_hidden = is_allowed.logical_not_().unsqueeze(-3)
-        if bias.is_learned:
-            mask = mask.masked_fill(is_hidden, -torch.inf)
-        else:
+        is_hidden = is_allowed.logical_not_()
+        has_room = torch.broadcast_shapes(mask.shape, is_hidden.shape) == mask.shape
+        if has_room and not bias.is_learned:
             mask.masked_fill_(is_hidden, -torch.inf)
+        else:
+            mask = mask.masked_fill(is_hidden, -torch.inf)
     return mask.to(dtype)
 
 
@@ -111,15 +71,15 @@ def hidden_keys(
 class FutureMaskBuffer:
     """The square mask of successive positions, kept and cut to the length that is asked for.
 
-    The mask depends on distances alone, so one of length L holds those of all shorter inputs. It
-    is made again for a longer input, or another dtype or device. A learned bias is not kept.
+    The mask of length L holds those of all shorter inputs. It is made again for a longer input, or
+    another dtype or device. A learned bias is not kept.
 
     Args:
-        bias: what is added where a key may be seen.
-        rule: which keys may be seen.
+        bias: what is added where a key may be seen, the same for all rows.
+        rule: which keys may be seen, the same for all rows.
     """
 
-    def __init__(self, bias: AttentionBias, rule: MaskRule = CAUSAL) -> None:
+    def __init__(self, bias: AttentionBias, rule: AttentionRule = CAUSAL) -> None:
         self.bias = bias
         self.rule = rule
         self._mask: torch.Tensor | None = None

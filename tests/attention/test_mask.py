@@ -51,7 +51,7 @@ def test_join():
     ],
 )
 def test_rules(rule, expected):
-    assert rule.is_allowed(range(4), range(4)).int().tolist() == expected
+    assert rule.is_allowed(range(4), range(4)).int().tolist() == [expected]
 
 
 def test_a_window_needs_a_position():

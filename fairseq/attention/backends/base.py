@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fairseq.attention.bias import AttentionBias, Positions
-from fairseq.attention.mask import CAUSAL, MaskRule
+from fairseq.attention.rules import CAUSAL, AttentionRule
 
 __all__ = ["AttentionBackend", "Prepared", "Rotation", "no_rotation"]
 
@@ -54,7 +54,7 @@ class AttentionBackend(ABC):
         query_positions: Positions,
         key_positions: Positions,
         *,
-        rule: MaskRule = CAUSAL,
+        rule: AttentionRule = CAUSAL,
         key_is_padding: torch.Tensor | None = None,
         query_documents: torch.Tensor | None = None,
         key_documents: torch.Tensor | None = None,
@@ -68,7 +68,8 @@ class AttentionBackend(ABC):
             bias: what is added to the scores.
             query_positions: positions of the T queries.
             key_positions: positions of the S keys.
-            rule: which keys a query may see, by position.
+            rule: which keys a query may see, by head and position; the one a bias is meant for is
+                `bias.rule`.
             key_is_padding: bool (B, S), keys that no query may see.
             query_documents: (T,) or (B, T), numbers of documents packed into one row; a query sees
                 keys of its own document alone. Distances within a document need no change.

@@ -11,7 +11,8 @@ import torch
 
 from fairseq.attention.backends.base import AttentionBackend, Prepared
 from fairseq.attention.bias import AttentionBias, Positions
-from fairseq.attention.mask import CAUSAL, FutureMaskBuffer, MaskRule, hidden_keys, join
+from fairseq.attention.mask import FutureMaskBuffer, hidden_keys, join
+from fairseq.attention.rules import CAUSAL, AttentionRule
 
 __all__ = ["DenseBackend", "DensePrepared"]
 
@@ -22,8 +23,9 @@ class DensePrepared(Prepared):
 
     Attributes:
         mask: (H, T, S) or (B, H, T, S), added to the scores.
-        is_blind: bool (B, 1, T, 1), queries that may see no key; None where each sees one. Their
-            rows of the mask are open, so that the softmax is defined, and their output is zero.
+        is_blind: bool (B or 1, H or 1, T, 1), queries that may see no key; None where each sees
+            one. Their rows of the mask are open, so that the softmax is defined, and their output
+            is zero.
     """
 
     mask: torch.Tensor
@@ -35,14 +37,14 @@ class DenseBackend(AttentionBackend):
 
     def __init__(self) -> None:
         self._buffer: FutureMaskBuffer | None = None
-        self._buffered_for: tuple[AttentionBias, MaskRule, slice | None] | None = None
+        self._buffered_for: tuple[AttentionBias, AttentionRule, slice | None] | None = None
 
     def future_mask(
         self,
         bias: AttentionBias,
         length: int,
         *,
-        rule: MaskRule = CAUSAL,
+        rule: AttentionRule = CAUSAL,
         head_slice: slice | None = None,
         dtype: torch.dtype,
         device: torch.device,
@@ -50,8 +52,8 @@ class DenseBackend(AttentionBackend):
         """Returns the mask of `length` successive positions, (H, length, length), kept."""
         wanted = (bias, rule, head_slice)
         if self._buffer is None or self._buffered_for != wanted:
-            chosen = bias if head_slice is None else bias.heads(head_slice)
-            self._buffer, self._buffered_for = FutureMaskBuffer(chosen, rule), wanted
+            self._buffer = FutureMaskBuffer(*_of_heads(bias, rule, head_slice))
+            self._buffered_for = wanted
         return self._buffer.get(length, dtype=dtype, device=device)
 
     def prepare(
@@ -60,7 +62,7 @@ class DenseBackend(AttentionBackend):
         query_positions: Positions,
         key_positions: Positions,
         *,
-        rule: MaskRule = CAUSAL,
+        rule: AttentionRule = CAUSAL,
         key_is_padding: torch.Tensor | None = None,
         query_documents: torch.Tensor | None = None,
         key_documents: torch.Tensor | None = None,
@@ -68,7 +70,8 @@ class DenseBackend(AttentionBackend):
         dtype: torch.dtype,
         device: torch.device,
     ) -> DensePrepared:
-        if _is_square(query_positions, key_positions):
+        is_per_row = bias.is_per_row or rule.is_per_row
+        if _is_square(query_positions, key_positions) and not is_per_row:
             mask = self.future_mask(
                 bias,
                 len(query_positions),
@@ -78,11 +81,12 @@ class DenseBackend(AttentionBackend):
                 device=device,
             )
         else:
-            chosen = bias if head_slice is None else bias.heads(head_slice)
-            mask = join(chosen, rule, query_positions, key_positions, dtype=dtype, device=device)
+            chosen = _of_heads(bias, rule, head_slice)
+            mask = join(*chosen, query_positions, key_positions, dtype=dtype, device=device)
         is_hidden = hidden_keys(key_is_padding, query_documents, key_documents)
-        if is_hidden is None:
+        if is_hidden is None and _see_themselves(query_positions, key_positions):
             return DensePrepared(self, mask=mask)
+        _, rule = _of_heads(bias, rule, head_slice)
         is_allowed = rule.is_allowed(query_positions, key_positions, device=device)
         mask, is_blind = _hide(mask, is_hidden, is_allowed)
         return DensePrepared(self, key_is_padding=key_is_padding, mask=mask, is_blind=is_blind)
@@ -92,6 +96,12 @@ class DenseBackend(AttentionBackend):
         return type(self)()
 
 
+def _of_heads(
+    bias: AttentionBias, rule: AttentionRule, which: slice | None
+) -> tuple[AttentionBias, AttentionRule]:
+    return (bias, rule) if which is None else (bias.heads(which), rule.heads(which))
+
+
 def _is_square(query_positions: Positions, key_positions: Positions) -> bool:
     """Tells whether queries and keys are the same successive positions, known without data."""
     if not (isinstance(query_positions, range) and isinstance(key_positions, range)):
@@ -99,17 +109,34 @@ def _is_square(query_positions: Positions, key_positions: Positions) -> bool:
     return query_positions == key_positions and query_positions.step == 1
 
 
+def _see_themselves(queries: Positions, keys: Positions) -> bool:
+    """Tells whether there is a key at each query's position, known without data.
+
+    Every rule lets it be seen.
+    """
+    if not (isinstance(queries, range) and isinstance(keys, range)):
+        return False
+    if queries.step != 1 or keys.step != 1:
+        return False
+    return keys.start <= queries.start and queries.stop <= keys.stop
+
+
 def _hide(
-    mask: torch.Tensor, is_hidden: torch.Tensor, is_allowed: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    mask: torch.Tensor, is_hidden: torch.Tensor | None, is_allowed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Hides keys in a mask and finds the queries that see none.
 
     Returns:
-        (mask (B, H, T, S), is_blind (B, 1, T, 1)).
+        (mask (H, T, S) or (B, H, T, S), is_blind (B or 1, H or 1, T, 1), None if no query can be).
     """
-    is_seen = is_hidden.logical_not()  # (B, 1, T or 1, S)
-    if is_allowed is not None:
-        is_seen = is_seen & is_allowed.unsqueeze(-3)
-    is_blind = is_seen.any(-1, keepdim=True).logical_not_()  # (B, 1, T, 1)
-    mask = mask.masked_fill(is_hidden, -torch.inf)
+    if is_hidden is None:
+        if is_allowed is None:
+            return mask, None
+        is_seen = is_allowed if is_allowed.dim() == 4 else is_allowed.unsqueeze(0)
+    else:
+        is_seen = is_hidden.logical_not()  # (B, 1, T or 1, S)
+        mask = mask.masked_fill(is_hidden, -torch.inf)
+        if is_allowed is not None:
+            is_seen = is_seen & is_allowed
+    is_blind = is_seen.any(-1, keepdim=True).logical_not_()  # (B or 1, H or 1, T or 1, 1)
     return mask.masked_fill(is_blind, 0.0), is_blind
