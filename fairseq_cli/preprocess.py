@@ -193,6 +193,11 @@ def _check_inputs(job: _Job) -> None:
     if not job.splits:
         raise ValueError("no text is given: use --trainpref, --validpref or --testpref")
     for split in job.splits:
+        if not split.prefix:
+            raise ValueError(
+                f"--{split.name.rstrip('0123456789')}pref has an empty name; give texts separated "
+                "by commas, without one at either end"
+            )
         for language in job.languages:
             check_text_file(job.text_path(split.prefix, language))
     if args.alignfile:
@@ -215,11 +220,21 @@ def _check_new_dictionary(job: _Job, language: str | None) -> None:
         raise ValueError("--trainpref must be given to make a dictionary, or --srcdict to use one")
 
 
+def _make_folder(destdir: Path) -> None:
+    try:
+        destdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=destdir):
+            pass
+    except OSError as error:
+        message = f"--destdir: cannot write there: {error.strerror}"
+        raise type(error)(error.errno, message, str(destdir)) from None
+
+
 @contextlib.contextmanager
 def _destination(destdir: Path) -> Iterator[Path]:
     """Gives a temporary folder; moves its files to the destination if all went well."""
     existing = next(folder for folder in (destdir, *destdir.parents) if folder.exists())
-    destdir.mkdir(parents=True, exist_ok=True)
+    _make_folder(destdir)
     try:
         with tempfile.TemporaryDirectory(prefix=".preprocess-", dir=destdir) as name:
             yield Path(name)

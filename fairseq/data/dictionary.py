@@ -243,7 +243,7 @@ class Dictionary:
         if not separator or not _is_integer(count):
             raise ValueError(
                 "Incorrect dictionary format, expected '<token> <cnt> [flags]': "
-                f"{place}: found {line[:100]!r}"
+                f"{place}: found {line[:100]!r}; mend the line, or rebuild the dataset"
             )
         if word in self.indices and not overwrite:
             raise DuplicateWordError(
@@ -418,7 +418,10 @@ def _read_lines(path: str | Path) -> list[str]:
     with open(path, "rb") as file:
         data = file.read()
     if not data:
-        raise ValueError(f"{path} is empty, but a dictionary has a line '<token> <cnt>' per word")
+        raise ValueError(
+            f"{path} is empty, but a dictionary has a line '<token> <cnt>' per word: copy it anew, "
+            "or rebuild the dataset"
+        )
     try:
         lines = split_lines(data.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -156,7 +156,8 @@ class ShardedIterator(CountingIterator):
     ) -> None:
         if not 0 <= shard_id < num_shards:
             raise ValueError(
-                f"shard_id must be between 0 and num_shards ({num_shards}), but is {shard_id}"
+                f"shard_id must be between 0 and num_shards ({num_shards}), but is {shard_id}; "
+                "--shard-id counts from 0 and stays below --num-shards"
             )
         size = _length(iterable)
         total = size // num_shards if skip_remainder_batch else math.ceil(size / num_shards)
@@ -212,7 +213,8 @@ class EpochBatchIterator:
     ) -> None:
         if not 0 <= shard_id < num_shards:
             raise ValueError(
-                f"shard_id must be between 0 and num_shards ({num_shards}), but is {shard_id}"
+                f"shard_id must be between 0 and num_shards ({num_shards}), but is {shard_id}; "
+                "--shard-id counts from 0 and stays below --num-shards"
             )
         self.dataset = dataset
         self.collate_fn = collate_fn

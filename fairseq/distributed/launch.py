@@ -47,7 +47,8 @@ def infer_init_method(cfg_distributed: Any, force_distributed: bool = False) -> 
         force_distributed: make a group even for one process.
 
     Raises:
-        ValueError: the Slurm variables do not fit each other.
+        ValueError: the Slurm variables do not fit each other, or several processes that somebody
+            else starts are not told where to meet.
     """
     cfg = cfg_distributed
     if cfg.distributed_init_method is not None:
@@ -56,6 +57,12 @@ def infer_init_method(cfg_distributed: Any, force_distributed: bool = False) -> 
         _from_torchrun(cfg)
     elif cfg.distributed_port > 0 and _slurm_nodes() is not None:
         _from_slurm(cfg)
+    elif cfg.distributed_world_size > 1 and cfg.distributed_no_spawn:
+        raise ValueError(
+            f"--distributed-no-spawn: the {cfg.distributed_world_size} processes cannot find each "
+            "other; give --distributed-init-method tcp://host:port and --distributed-rank to each, "
+            "or start them with torchrun"
+        )
     elif cfg.distributed_world_size > 1 or force_distributed:
         cfg.distributed_init_method = f"tcp://localhost:{_free_port()}"
 
@@ -261,6 +268,7 @@ def distributed_init(cfg: Any) -> int:
 
     Raises:
         ValueError: there is no GPU of the number that this process was given.
+        RuntimeError: the processes do not find each other.
     """
     distributed = cfg.distributed_training
     on_cuda = _uses_cuda(cfg)
@@ -273,13 +281,21 @@ def distributed_init(cfg: Any) -> int:
         )
         backend = _backend(distributed, on_cuda)
         uses_nccl = backend == "nccl"
-        dist.init_process_group(
-            backend=backend,
-            init_method=distributed.distributed_init_method,
-            world_size=distributed.distributed_world_size,
-            rank=distributed.distributed_rank,
-            device_id=torch.device("cuda", distributed.device_id) if uses_nccl else None,
-        )
+        try:
+            dist.init_process_group(
+                backend=backend,
+                init_method=distributed.distributed_init_method,
+                world_size=distributed.distributed_world_size,
+                rank=distributed.distributed_rank,
+                device_id=torch.device("cuda", distributed.device_id) if uses_nccl else None,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise RuntimeError(
+                f"the processes cannot meet at {distributed.distributed_init_method} "
+                f"(--distributed-init-method, --distributed-rank {distributed.distributed_rank} of "
+                f"--distributed-world-size {distributed.distributed_world_size}, "
+                f"--distributed-backend {backend}): {' '.join(str(error).split())}"
+            ) from error
         logger.info(
             f"initialized host {socket.gethostname()} as rank {distributed.distributed_rank}"
         )

@@ -521,3 +521,17 @@ def test_a_log_file_that_cannot_be_written_is_named(tmp_path):
     assert found.returncode == 1
     assert "--log-file: cannot write" in found.stderr and "Traceback" not in found.stderr
     assert not (tmp_path / "bin").exists()
+
+
+def test_an_empty_name_between_commas_is_refused(tmp_path):
+    text = write(tmp_path / "text", "a b\n")
+    with pytest.raises(ValueError, match="--validpref has an empty name"):
+        run("--trainpref", text, "--validpref", f"{text},", "--destdir", tmp_path / "bin")
+    assert not (tmp_path / "bin").exists()
+
+
+def test_a_destination_that_cannot_be_written_is_named(tmp_path):
+    text = write(tmp_path / "text", "a b\n")
+    with pytest.raises(OSError, match="--destdir: cannot write there") as failure:
+        run("--trainpref", text, "--destdir", text / "bin")
+    assert str(text / "bin") in str(failure.value)

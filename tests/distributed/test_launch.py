@@ -49,6 +49,19 @@ def test_several_devices_meet_on_a_free_port_of_this_machine():
     assert host == "tcp://localhost" and 0 < int(port) < 65536
 
 
+def test_processes_that_others_start_need_a_meeting_point():
+    with pytest.raises(
+        ValueError, match=r"--distributed-no-spawn: the 2 .*--distributed-init-method"
+    ):
+        inferred(2, distributed_no_spawn=True)
+
+
+def test_a_meeting_point_that_does_not_work_is_named():
+    cfg = settings(2, distributed_no_spawn=True, distributed_init_method="carrier://pigeon")
+    with pytest.raises(RuntimeError, match=r"cannot meet at carrier://pigeon .*--distributed-init"):
+        call_main(cfg, lambda cfg: None)
+
+
 def slurm(monkeypatch, **variables):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[3-4]")
     for name, value in variables.items():

@@ -106,7 +106,7 @@ def test_a_folder_for_events_that_cannot_be_written_is_named(tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / "file").write_text("")
     bar = progress_bar([0], log_format="none", tensorboard_logdir=str(tmp_path / "file" / "events"))
-    with pytest.raises(OSError, match="--tensorboard-logdir: cannot write .*/file/events"):
+    with pytest.raises(OSError, match=r"--tensorboard-logdir: cannot write .*/file/events"):
         bar.print({"loss": 1, "num_updates": 7}, tag="valid", step=7)
 
 
