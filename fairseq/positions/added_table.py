@@ -29,6 +29,8 @@ class AddedTable(PositionMethod):
         self._table = model.table
         self._padding_idx = model.padding_idx
 
-    def embed(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        rows = table_rows(tokens, self._padding_idx)[:, -x.size(1) :]  # (B, T)
+    def embed(
+        self, x: torch.Tensor, tokens: torch.Tensor, documents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rows = table_rows(tokens, self._padding_idx, documents)[:, -x.size(1) :]  # (B, T)
         return x + self._table.lookup(rows).to(x.dtype)

@@ -13,6 +13,7 @@ from tiny_models import CHECKPOINTS, Task, settings
 
 from fairseq.models import build_model
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
+from fairseq.positions import PositionConfig
 from fairseq.registry import ARCHITECTURES
 
 # arch: layers, width, feed-forward width, heads, dropout, attention dropout, activation dropout,
@@ -175,7 +176,8 @@ def test_settings_are_those_of_a_checkpoint(name):
     kept = [field.name for field in fields if not field.metadata.get("extension")]
     added = [field.name for field in fields if field.metadata.get("extension")]
     assert kept == list(stored["cfg"]["model"])
-    assert added == ["position_method", "attention_backend"]
+    positions = [field.name for field in dataclasses.fields(PositionConfig)]
+    assert ["_name", *added] == [*positions, "attention_backend", "document_mask"]
 
 
 def test_defaults():

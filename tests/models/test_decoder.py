@@ -170,7 +170,7 @@ class Rotary(PositionMethod):
 
     name = "rotary"
 
-    def rotate(self, q, k, positions):
+    def rotate(self, q, k, positions, sequence_length=None):
         angles = torch.tensor(list(positions))[:, None] * torch.tensor([0.5, 0.1, 0.03, 0.01])
 
         def turn(x):
@@ -191,7 +191,7 @@ class TrainedBias(PositionMethod, torch.nn.Module):
         self.strength = torch.nn.Parameter(torch.full((model.num_heads,), 0.1))
         self.num_heads = model.num_heads
 
-    def bias(self):
+    def bias(self, sequence_length=None):
         strength = self.strength
 
         class Bias(ZeroBias):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fairseq.attention import BIDIRECTIONAL, CAUSAL, MaskRule, Prepared, get_backend
+from fairseq.attention import BIDIRECTIONAL, CAUSAL, AttentionRule, Positions, Prepared, get_backend
 from fairseq.attention.backends.dense import DenseBackend
 from fairseq.attention.backends.reference import ReferenceBackend
 from fairseq.models import upgrade
@@ -34,7 +34,8 @@ from fairseq.modules import (
     checkpoint_wrapper,
 )
 from fairseq.modules.cutoffs import parse_cutoffs
-from fairseq.positions import PositionMethod, Surroundings, find_method
+from fairseq.positions import PositionMethod, Surroundings, find_method, table_rows
+from fairseq.positions.documents import document_numbers
 
 __all__ = ["TransformerDecoder"]
 
@@ -46,6 +47,11 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         cfg: settings with the names of `TransformerLanguageModelConfig`.
         dictionary: of the words it predicts.
         embed_tokens: input embeddings, an `nn.Embedding` or an `AdaptiveInput`.
+
+    Attributes:
+        sequence_length: for position methods that adapt to length, the length of sequences in calls
+            that do not say it; None is that of the input.
+        document_mask: where attention and positions restart, as in `--document-mask`.
 
     Raises:
         ValueError: settings contradict each other; the message names the options.
@@ -76,6 +82,8 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         self.output_projection: Any = None
         self._build_output(cfg)
         self.positions = self._build_position_method(cfg)
+        self.sequence_length: int | None = None
+        self.document_mask: str = cfg.document_mask or "none"
         self.backend = get_backend(cfg.attention_backend)
         self._masks = self.backend if isinstance(self.backend, DenseBackend) else ReferenceBackend()
 
@@ -99,6 +107,9 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             num_heads=cfg.decoder_attention_heads,
             padding_idx=self.padding_idx,
             table=self.embed_positions,
+            head_dim=cfg.decoder_embed_dim // cfg.decoder_attention_heads,
+            settings=cfg,
+            train_length=cfg.train_length or cfg.tokens_per_sample,
         )
         return find_method(cfg.position_method)(surroundings)
 
@@ -144,6 +155,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         full_context_alignment: bool = False,
         src_lengths: torch.Tensor | None = None,
         return_all_hiddens: bool = False,
+        sequence_length: int | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Computes the output for the new tokens.
 
@@ -155,13 +167,18 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             full_context_alignment: let every token see those after it.
             src_lengths: not needed, since padding is known by its id; part of every batch.
             return_all_hiddens: collect the output of every layer.
+            sequence_length: tokens that the sequence will have at its end, such as the prompt and
+                the most new ones, for position methods that adapt to it. With an incremental state
+                the first call settles it, since keys are cached. None is the attribute of that
+                name, or else the length of the input.
 
         Returns:
             (logits (B, T, V), or features (B, T, D) if asked for or if there is an adaptive
             softmax; {"attn": [None], "inner_states": [(B, T, D), ...]}).
 
         Raises:
-            ValueError: an encoder's output is given, or no token is new.
+            ValueError: an encoder's output is given, no token is new, or the sequence length is not
+                that of the first call.
         """
         if encoder_out is not None:
             raise ValueError("encoder_out is given, but a language model attends to no encoder")
@@ -170,6 +187,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             incremental_state=incremental_state,
             full_context_alignment=full_context_alignment,
             return_all_hiddens=return_all_hiddens,
+            sequence_length=sequence_length,
         )
         return (features if features_only else self.output_layer(features)), extra
 
@@ -181,12 +199,16 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         full_context_alignment: bool = False,
         src_lengths: torch.Tensor | None = None,
         return_all_hiddens: bool = False,
+        sequence_length: int | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Computes what the output layer reads; see `forward`."""
         num_cached = self._num_cached(prev_output_tokens, incremental_state)
         x = self.embed(prev_output_tokens, num_cached)  # (B, T, D)
         rule = BIDIRECTIONAL if full_context_alignment else CAUSAL
-        prepared = self.prepare_attention(x, prev_output_tokens, num_cached, rule)
+        length = self._sequence_length(prev_output_tokens, incremental_state, sequence_length)
+        prepared = self.prepare_attention(
+            x, prev_output_tokens, num_cached, rule, sequence_length=length
+        )
         inner_states = [x] if return_all_hiddens else []
         for layer in self.layers:
             x = layer(x, prepared, incremental_state)
@@ -203,7 +225,8 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         x = self.embed_scale * self.embed_tokens(tokens[:, num_cached:])
         if self.project_in_dim is not None:
             x = self.project_in_dim(x)
-        x = self.positions.embed(x, tokens)
+        documents = self.document_numbers(tokens) if self.positions.uses_table else None
+        x = self.positions.embed(x, tokens, documents)
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
         return self.dropout_module(x)
@@ -213,7 +236,9 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         x: torch.Tensor,
         tokens: torch.Tensor,
         num_cached: int = 0,
-        rule: MaskRule = CAUSAL,
+        rule: AttentionRule = CAUSAL,
+        *,
+        sequence_length: int | None = None,
     ) -> Prepared:
         """Makes, once for all layers, what is added to attention scores.
 
@@ -222,21 +247,46 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             tokens: ids of all tokens so far, (B, S).
             num_cached: tokens of earlier calls, S - T.
             rule: who may see whom.
+            sequence_length: see `forward`; None is no longer than in training.
         """
         is_padding = tokens.eq(self.padding_idx)  # (B, S)
-        num_tokens = tokens.size(1)
-        query_positions = range(num_cached, num_tokens)
+        has_padding = bool(is_padding.any())
+        documents = self.document_numbers(tokens)  # (B, S)
+        columns = range(tokens.size(1))
+        places: Positions = columns
+        if documents is not None or (has_padding and not self.positions.is_relative):
+            rows = table_rows(tokens, self.padding_idx, documents)  # (B, S)
+            places = (rows - self.padding_idx - 1).clamp_(min=0)
+        # Between tokens of one document columns differ as places do, and cost less.
+        positions = columns if self.positions.is_relative else places
         prepared = self.backend.prepare(
-            self.positions.bias(),
-            query_positions,
-            range(num_tokens),
+            self.positions.bias(sequence_length),
+            _from(positions, num_cached),
+            positions,
             rule=rule,
-            key_is_padding=is_padding if bool(is_padding.any()) else None,
+            key_is_padding=is_padding if has_padding else None,
+            query_documents=None if documents is None else documents[:, num_cached:],
+            key_documents=documents,
             dtype=x.dtype,
             device=x.device,
         )
-        prepared.rotate = functools.partial(self.positions.rotate, positions=query_positions)
+        prepared.rotate = functools.partial(
+            self.positions.rotate,
+            positions=_from(places, num_cached),
+            sequence_length=sequence_length,
+        )
         return prepared
+
+    def document_numbers(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Returns which document each token so far (B, S) belongs to; None if all are one."""
+        if self.document_mask == "none":
+            return None
+        return document_numbers(
+            tokens,
+            self.document_mask,
+            eos_idx=self.dictionary.eos(),
+            padding_idx=self.padding_idx,
+        )
 
     def buffered_future_mask(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the causal mask with the bias in it, for inputs like `x`.
@@ -251,7 +301,10 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             (H, T, T): the bias of head h where key j may be seen by query i, else -inf.
         """
         return self._masks.future_mask(
-            self.positions.bias(), x.size(1), dtype=x.dtype, device=x.device
+            self.positions.bias(self.sequence_length or x.size(1)),
+            x.size(1),
+            dtype=x.dtype,
+            device=x.device,
         )
 
     def output_layer(self, features: torch.Tensor) -> torch.Tensor:
@@ -286,6 +339,33 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             )
         return num_cached
 
+    def _sequence_length(
+        self,
+        tokens: torch.Tensor,
+        incremental_state: IncrementalState | None,
+        given: int | None,
+    ) -> int | None:
+        """Returns the length of the whole sequence, which the first call for it has settled."""
+        if not self.positions.depends_on_length:
+            return None
+        length = given or self.sequence_length or tokens.size(1)
+        if incremental_state is None or len(self.layers) == 0:
+            return length
+        memory: Any = self.layers[0].self_attn
+        stored = memory.get_incremental_state(incremental_state, "sequence_length")
+        if stored is None:
+            # For each row, since rows are what is selected and reordered.
+            settled = torch.full((tokens.size(0),), length, device=tokens.device)
+            memory.set_incremental_state(incremental_state, "sequence_length", {"length": settled})
+            return length
+        settled_length = int(stored["length"][0])
+        if given is not None and given != settled_length:
+            raise ValueError(
+                f"sequence_length is {given}, but the incremental state was begun for "
+                f"{settled_length} tokens; say it in the first call only"
+            )
+        return settled_length
+
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
         """Brings a state dict up to date, in which this decoder's names start with `name`."""
         upgrade.fit_position_table(
@@ -303,3 +383,8 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         if version is None or float(version.reshape(-1)[0]) <= 2:
             self.layer_norm = None
             state_dict[f"{name}.version"] = torch.ones(1)
+
+
+def _from(positions: Positions, start: int) -> Positions:
+    """Returns the positions of the columns from `start` on."""
+    return positions[start:] if isinstance(positions, range) else positions[:, start:]

@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from fairseq.attention import BACKENDS
-from fairseq.dataclass import II, FairseqDataclass, is_interpolated
+from fairseq.dataclass import II, is_interpolated
 from fairseq.models.base import FairseqLanguageModel
 from fairseq.models.transformer.transformer_decoder import TransformerDecoder
 from fairseq.models.upgrade import layers_to_keep
 from fairseq.modules import AdaptiveInput, Embedding
 from fairseq.modules.basic import ACTIVATIONS
 from fairseq.modules.cutoffs import parse_cutoffs
-from fairseq.positions import METHODS
+from fairseq.positions import METHODS, PositionConfig, check_settings
 from fairseq.registry import MODELS
 
 __all__ = ["TransformerLanguageModel", "TransformerLanguageModelConfig"]
@@ -31,9 +31,12 @@ def _option(default: Any, text: str, **metadata: Any) -> Any:
 
 
 @dataclass
-class TransformerLanguageModelConfig(FairseqDataclass):
+class TransformerLanguageModelConfig(PositionConfig):
     """Settings of a transformer language model; the names are those in checkpoints."""
 
+    position_method: str = _option(
+        "alibi", f"how the model knows the order of tokens: {', '.join(METHODS)}", extension=True
+    )
     activation_fn: str = _option("relu", "activation of the feed-forward net", choices=ACTIVATIONS)
     dropout: float = _option(0.1, "dropout probability", minimum=0, maximum=1)
     attention_dropout: float = _option(
@@ -126,14 +129,11 @@ class TransformerLanguageModelConfig(FairseqDataclass):
     tokens_per_sample: int = II("task.tokens_per_sample")
     max_target_positions: int | None = II("task.max_target_positions")
     tpu: bool = II("common.tpu")
-    position_method: str = _option(
-        "alibi",
-        "how the model knows the order of tokens",
-        choices=METHODS,
-        extension=True,
-    )
     attention_backend: str = _option(
         "auto", "how attention is computed", choices=BACKENDS, extension=True
+    )
+    document_mask: str | None = field(
+        default=II("task.document_mask"), metadata={"extension": True}
     )
 
 
@@ -205,6 +205,7 @@ def check(cfg: TransformerLanguageModelConfig) -> None:
     Raises:
         ValueError: it does not, or they do; the message names the options.
     """
+    check_settings(cfg)
     if cfg.character_embeddings:
         raise ValueError(f"--character-embeddings is not supported: {_NO_CHARACTERS}")
     if cfg.base_layers:
