@@ -37,7 +37,10 @@ from fairseq.registry import (
 )
 
 __all__ = [
+    "get_diagnose_parser",
+    "get_doctor_parser",
     "get_eval_lm_parser",
+    "get_extrapolate_parser",
     "get_parser",
     "get_preprocessing_parser",
     "get_training_parser",
@@ -154,13 +157,17 @@ def _evaluation_parser(description: str, default_task: str | None) -> CommandPar
     parser = get_parser(description, default_task)
     parser.add_dataclass("dataset and batches", DatasetConfig)
     _add_distributed(parser, 1)
+    _add_checkpoint_options(parser)
+    return parser
+
+
+def _add_checkpoint_options(parser: CommandParser) -> None:
     parser.add_dataclass("evaluation", CommonEvalConfig)
     parser.add_argument(
         "--position-method",
         metavar="NAME",
         help="position method of the checkpoint's model, where the file does not tell or is wrong",
     )
-    return parser
 
 
 def get_eval_lm_parser(default_task: str | None = "language_modeling") -> CommandParser:
@@ -170,9 +177,110 @@ def get_eval_lm_parser(default_task: str | None = "language_modeling") -> Comman
     return parser
 
 
+def get_extrapolate_parser(default_task: str | None = "language_modeling") -> CommandParser:
+    """Returns the parser of fairseq-extrapolate."""
+    parser = get_parser("Evaluate language models at many lengths.", default_task)
+    sweep = parser.add_argument_group("sweep")
+    sweep.add_argument(
+        "--lengths",
+        type=_distinct(),
+        metavar="L,...",
+        help="tokens in a window (default: 1, 2, 4, 8 and 16 times the training length)",
+    )
+    sweep.add_argument(
+        "--strides",
+        type=_distinct("length"),
+        default=["length"],
+        metavar="S,...",
+        help="new tokens in a window; the word length for windows that do not overlap (default)",
+    )
+    sweep.add_argument(
+        "--results-path",
+        required=True,
+        metavar="DIR",
+        help="folder for report, pictures and what is done so far",
+    )
+    sweep.add_argument("--gen-subset", default="valid", help="split to evaluate (default: valid)")
+    sweep.add_argument("--no-plots", action="store_true", help="no pictures, no matplotlib")
+    sweep.add_argument(
+        "--num-workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that load data (default: 0; starting one takes longer than most rows)",
+    )
+    for flag in ("--tokens-per-sample", "--context-window"):
+        sweep.add_argument(flag, type=_decided_by_the_sweep, help=argparse.SUPPRESS)
+    parser.add_dataclass("dataset and batches", DatasetConfig)
+    _add_checkpoint_options(parser)
+    return parser
+
+
+def _distinct(word: str | None = None) -> Callable[[str], list[int | str]]:
+    """Returns argparse's reader of numbers from 1, all different, separated by commas.
+
+    Args:
+        word: allowed in place of a number.
+    """
+    allowed = "whole numbers from 1" + (f" and the word {word!r}" if word else "")
+
+    def read(text: str) -> list[int | str]:
+        values: list[int | str] = []
+        for part in (part.strip() for part in text.split(",")):
+            value = part if part == word else int(part) if part.isdecimal() else 0
+            if value == 0:
+                raise argparse.ArgumentTypeError(
+                    f"{part!r} in {text!r}; allowed are {allowed}, separated by commas"
+                )
+            if value in values:
+                raise argparse.ArgumentTypeError(f"{part} is in {text!r} twice; give it once")
+            values.append(value)
+        return values
+
+    return read
+
+
+def _decided_by_the_sweep(text: str) -> None:
+    raise argparse.ArgumentTypeError(
+        "the sweep sets it for each evaluation; give --lengths and --strides instead"
+    )
+
+
 def get_validation_parser(default_task: str | None = "language_modeling") -> CommandParser:
     """Returns the parser of fairseq-validate."""
     return _evaluation_parser("Validate a checkpoint as training does.", default_task)
+
+
+def get_diagnose_parser(default_task: str | None = "language_modeling") -> CommandParser:
+    """Returns the parser of fairseq-diagnose."""
+    parser = get_parser("Show what each attention head of a model looks at.", default_task)
+    group = parser.add_argument_group("diagnosis")
+    group.add_argument(
+        "--results-path",
+        metavar="DIR",
+        help="folder for heads.json, heads.csv and heads.png; without it the table is printed only",
+    )
+    group.add_argument(
+        "--max-batches",
+        metavar="N",
+        type=int,
+        default=16,
+        help="batches of text to read; 0 reads the whole split (default: 16)",
+    )
+    parser.add_dataclass("dataset and batches", DatasetConfig)
+    _add_checkpoint_options(parser)
+    parser.set_defaults(gen_subset="valid")
+    return parser
+
+
+def get_doctor_parser(default_task: str | None = "language_modeling") -> CommandParser:
+    """Returns the parser of fairseq-doctor; its data folder is optional."""
+    description = "Check that a checkpoint's position method is really in effect."
+    parser = get_parser(description, default_task)
+    parser.add_dataclass("dataset and batches", DatasetConfig)
+    _add_checkpoint_options(parser)
+    parser.set_defaults(gen_subset="valid")
+    return parser
 
 
 def parse_args(
@@ -252,6 +360,8 @@ def parse_args_and_arch(
     parse_known: bool = False,
     suppress_defaults: bool = False,
     modify_parser: Callable[[CommandParser], None] | None = None,
+    *,
+    needs_data: bool = True,
 ) -> Any:
     """Parses a command line with the options of the components it names.
 
@@ -261,6 +371,7 @@ def parse_args_and_arch(
         parse_known: return (namespace, unknown arguments) instead of failing on the latter.
         suppress_defaults: return only what was given explicitly.
         modify_parser: a last chance to add options.
+        needs_data: whether a command line without a data folder is an error.
 
     Returns:
         The flat namespace; with an `--arch`, its preset has filled what was not given.
@@ -280,7 +391,7 @@ def parse_args_and_arch(
     if suppress_defaults:
         args = _explicit_only(parser, input_args)
         return (args, unknown) if parse_known else args
-    if hasattr(args, "data") and args.data is None:
+    if needs_data and hasattr(args, "data") and args.data is None:
         parser.error("the following arguments are required: data")
     _post_process(parser, args)
     if wants_arch and args.arch is not None:
@@ -341,6 +452,9 @@ def _post_process(parser: CommandParser, args: argparse.Namespace) -> None:
     if getattr(args, "fp16", False) and getattr(args, "bf16", False):
         parser.error("--fp16 and --bf16 exclude each other; choose one")
     args.no_seed_provided = False
-    if hasattr(args, "model_overrides") and getattr(args, "position_method", None) is not None:
+    if hasattr(args, "model_overrides"):
         overrides = literal_dict(args.model_overrides, "--model-overrides")
-        args.model_overrides = repr({**overrides, "position_method": args.position_method})
+        for name in ("position_method", "document_mask"):
+            if getattr(args, name, None) is not None:
+                overrides = {**overrides, name: getattr(args, name)}
+        args.model_overrides = repr(overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.evaluation.perplexity import eval_lm
 from fairseq.evaluation.word_stats import WordStat
 from fairseq.logging import progress_bar
+from fairseq.sequence_scorer import Scores
+from fairseq.tasks.language_modeling import check_document_mask
 from fairseq_cli._run import run_command, set_up_logging
 
 __all__ = [
@@ -39,14 +42,18 @@ def cli_main() -> None:
     run_command(lambda: distributed_utils.call_main(namespace_to_config(args), main))
 
 
-def main(cfg: Any) -> dict[str, float]:
+def main(
+    cfg: Any, *, on_scores: Callable[[dict[str, Any], Scores], None] | None = None
+) -> dict[str, float]:
     """Evaluates a checkpoint on a split.
 
     Args:
         cfg: whole configuration; the task's block length loses the context window on the way.
+        on_scores: called with every batch and its scores.
 
     Returns:
-        {"loss": bits per word, "perplexity": 2 ** loss}.
+        {"loss": bits per word, "perplexity": 2 ** loss, "tokens", "seconds"}, see
+        `fairseq.evaluation.eval_lm`.
 
     Raises:
         ValueError: settings contradict each other, the checkpoint does not fit the data, or there
@@ -72,6 +79,7 @@ def main(cfg: Any) -> dict[str, float]:
         num_shards=cfg.checkpoint.checkpoint_shard_count,
         task=task,
     )
+    _check_document_masks(models, cfg.task, context_window)
     device = move_to_device(models, cfg)
     logger.info(f"num. model params: {sum(p.numel() for p in models[0].parameters()):,}")
 
@@ -99,6 +107,7 @@ def main(cfg: Any) -> dict[str, float]:
         remove_bos_token=getattr(cfg.task, "add_bos_token", False),
         device=device,
         score_pad=getattr(task, "targets", None) in (None, ["future"]),
+        on_scores=on_scores,
     )
 
 
@@ -119,6 +128,13 @@ def _check_settings(cfg: Any) -> None:
             f"--context-window {window} leaves no room for new tokens in windows of "
             f"--tokens-per-sample {length}; it must be smaller, {length - 1} at most"
         )
+
+
+def _check_document_masks(models: list[torch.nn.Module], cfg_task: Any, window: int) -> None:
+    """Refuses rows in which a model cannot tell the documents apart."""
+    for model in models:
+        kind = getattr(getattr(model, "decoder", None), "document_mask", None)
+        check_document_mask(kind, cfg_task, window)
 
 
 def _check_lengths(

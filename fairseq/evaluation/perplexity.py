@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from fairseq import utils
 from fairseq.evaluation.word_stats import ScoredWord, WordJoiner, WordStats
-from fairseq.sequence_scorer import SequenceScorer
+from fairseq.sequence_scorer import Scores, SequenceScorer
 
 __all__ = ["LossSum", "eval_lm"]
 
@@ -66,6 +66,7 @@ def eval_lm(
     device: torch.device | None = None,
     *,
     score_pad: bool = True,
+    on_scores: Callable[[dict[str, Any], Scores], None] | None = None,
 ) -> dict[str, float]:
     """Scores every target token of the batches and logs the mean loss and perplexity.
 
@@ -83,9 +84,11 @@ def eval_lm(
         device: where the models are, and the batches go; by default that of the first parameter.
         score_pad: a padding symbol inside a row is a word like others. False leaves such targets
             out, as is right where targets are not the row shifted by one.
+        on_scores: called with every batch and its scores.
 
     Returns:
-        {"loss": bits per word, "perplexity": 2 ** loss}.
+        {"loss": bits per word, "perplexity": 2 ** loss, "tokens": how many were evaluated,
+        "seconds": what the models and the scoring took}.
 
     Raises:
         ValueError: there was nothing to score.
@@ -103,7 +106,11 @@ def eval_lm(
         on_device = utils.move_to_cuda(sample, device) if device.type != "cpu" else sample
         started_at = time.perf_counter()
         scores = scorer.score(models, on_device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds += time.perf_counter() - started_at
+        if on_scores is not None:
+            on_scores(sample, scores)
         tokens += sample["ntokens"]
         for row_id, row_tokens, row_scores in scores.rows(sample):
             if remove_bos_token:
@@ -160,4 +167,9 @@ def _report(
     for stat in stats.by_count() if stats is not None else ():
         logger.info(stat)
     logger.info(f"Loss (base 2): {total.bits:.4f}, Perplexity: {total.perplexity:.2f}")
-    return {"loss": total.bits, "perplexity": total.perplexity}
+    return {
+        "loss": total.bits,
+        "perplexity": total.perplexity,
+        "tokens": tokens,
+        "seconds": seconds,
+    }
