@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`python train.py` is `fairseq-train`."""
 
-from fairseq_cli.train import cli_main
+from fairseq_cli._commands import train
 
 if __name__ == "__main__":
-    cli_main()
+    train()

@@ -1,21 +1,25 @@
 """How a command ends: exit codes and messages.
 
-0 on success, 2 for a wrong command line, 130 after ctrl-C, 1 for everything else. What a user can
-cause (a missing file, a value that does not fit) ends in one line; what only a defect can cause
-keeps its traceback.
+0 on success, 2 for a wrong command line, 130 after ctrl-C, 143 after SIGTERM, 1 for everything
+else. What a user can cause (a missing file, a value that does not fit) ends in one line; what only
+a defect can cause keeps its traceback.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-__all__ = ["run_command", "set_up_logging"]
+__all__ = ["run_command", "set_up_logging", "start"]
 
 _OURS = Path(__file__).resolve().parent.parent
 _RAISED_FOR_USERS = (ValueError, TypeError, FloatingPointError, ImportError, RuntimeError)
@@ -58,7 +62,8 @@ def run_command(main: Callable[[], object]) -> None:
     `LOGLEVEL=DEBUG` in the environment shows the traceback of every error.
     """
     try:
-        main()
+        with _leaving_on_terminate():
+            main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _leave(130)
@@ -71,6 +76,33 @@ def run_command(main: Callable[[], object]) -> None:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         _leave(1)
+
+
+def start(module: str) -> None:
+    """Runs `fairseq_cli.<module>`; the imports, which take seconds, may be interrupted too."""
+    run_command(lambda: importlib.import_module(f"fairseq_cli.{module}").cli_main())
+
+
+@contextlib.contextmanager
+def _leaving_on_terminate() -> Iterator[None]:
+    """Lets SIGTERM end this process as an exception does, so that everything is cleaned up."""
+    is_ours = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    if is_ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def leave(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a process that was forked from this one
+            os._exit(128 + number)
+        print("terminated", file=sys.stderr)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _leave(code: int) -> None:

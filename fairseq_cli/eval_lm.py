@@ -38,8 +38,12 @@ _MAX_TOKENS = 36000
 def cli_main() -> None:
     """Runs fairseq-eval-lm with the arguments of the process."""
     set_up_logging()
+    run_command(_run)
+
+
+def _run() -> None:
     args = options.parse_args_and_arch(options.get_eval_lm_parser())
-    run_command(lambda: distributed_utils.call_main(namespace_to_config(args), main))
+    distributed_utils.call_main(namespace_to_config(args), main)
 
 
 def main(
@@ -87,7 +91,9 @@ def main(
     task.load_dataset(subset)
     dataset = task.dataset(subset)
     logger.info(f"{cfg.task.data} {subset} {len(dataset):,} examples")
-    _check_lengths(models, dataset, cfg.task.tokens_per_sample, context_window)
+    window = _longest_row(dataset, cfg.task.tokens_per_sample, context_window)
+    _check_lengths(models, window)
+    _set_sequence_length(models, window)
     batches = _batches(cfg, task, dataset)
     progress = progress_bar.progress_bar(
         batches,
@@ -137,14 +143,24 @@ def _check_document_masks(models: list[torch.nn.Module], cfg_task: Any, window: 
         check_document_mask(kind, cfg_task, window)
 
 
-def _check_lengths(
-    models: list[torch.nn.Module], dataset: Any, block_length: int, context_window: int
-) -> None:
+def _longest_row(dataset: Any, block_length: int, context_window: int) -> int:
+    """Returns the tokens in the longest row, context included."""
+    block = int(max(dataset.sizes))
+    return max(block, min(block, block_length) + context_window)
+
+
+def _set_sequence_length(models: list[torch.nn.Module], window: int) -> None:
+    """Lets position methods that adapt to length take every window, the last too, as full."""
+    for model in models:
+        decoder: Any = getattr(model, "decoder", None)
+        if hasattr(decoder, "sequence_length"):
+            decoder.sequence_length = window
+
+
+def _check_lengths(models: list[torch.nn.Module], longest: int) -> None:
     """Refuses rows that a model with a table of positions cannot take."""
     limits = [getattr(getattr(m, "decoder", None), "position_limit", None) for m in models]
     limit = utils.resolve_max_positions(*limits)
-    block = int(max(dataset.sizes))
-    longest = max(block, min(block, block_length) + context_window)
     if limit is not None and longest > limit:
         raise ValueError(
             f"a row of {longest} tokens is longer than the {limit} positions the model has "

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -39,15 +38,14 @@ _TASKS_WITH_PLAIN_DICTIONARY = ("translation", "language_modeling")
 def cli_main() -> None:
     """Runs fairseq-preprocess with the arguments of the process."""
     set_up_logging()
+    run_command(_run)
+
+
+def _run() -> None:
     parser = options.get_preprocessing_parser()
     args = options.parse_args(parser)
     if args.dataset_impl not in indexed_dataset.get_available_dataset_impl():
         parser.error(f"--dataset-impl {args.dataset_impl} is not supported; use mmap")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    run_command(lambda: _run(args))
-
-
-def _run(args: argparse.Namespace) -> None:
     if args.log_file is not None:
         log_to_file(args.log_file)
     main(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import logging
 import math
@@ -47,9 +48,13 @@ def cli_main(modify_parser: Callable[[argparse.ArgumentParser], None] | None = N
         modify_parser: may add options of its own.
     """
     _set_up_logging()
+    run_command(lambda: _run(modify_parser))
+
+
+def _run(modify_parser: Callable[[argparse.ArgumentParser], None] | None) -> None:
     parser = options.get_training_parser()
     args = options.parse_args_and_arch(parser, modify_parser=modify_parser)
-    run_command(lambda: distributed_utils.call_main(namespace_to_config(args), main))
+    distributed_utils.call_main(namespace_to_config(args), main)
 
 
 def _set_up_logging() -> None:
@@ -73,6 +78,7 @@ def main(cfg: Any) -> None:
     """
     _check_settings(cfg)
     _prepare_process(cfg)
+    settings = copy.deepcopy(_settings_of_the_run(cfg))
     task, model, criterion = _build(cfg)
     _load_valid_data(cfg, task)
     trainer = Trainer(cfg, task, model, criterion)
@@ -82,7 +88,7 @@ def main(cfg: Any) -> None:
         f"{cfg.dataset.batch_size}"
     )
     try:
-        _train_all_epochs(cfg, trainer, task)
+        _train_all_epochs(cfg, trainer, task, settings)
         checkpoint_utils.finish_writing()
     finally:
         trainer.close()
@@ -122,9 +128,6 @@ def _prepare_process(cfg: Any) -> None:
     utils.set_torch_seed(cfg.common.seed)
     if distributed_utils.is_master(cfg.distributed_training) and not cfg.checkpoint.no_save:
         checkpoint_utils.verify_checkpoint_directory(cfg.checkpoint.save_dir)
-        write_resolved_settings(
-            _settings_of_the_run(cfg), Path(cfg.checkpoint.save_dir) / SETTINGS_FILE
-        )
 
 
 def _settings_of_the_run(cfg: Any) -> Any:
@@ -151,6 +154,7 @@ def _build(cfg: Any) -> tuple[Any, Any, Any]:
     logger.info(f"model: {type(model).__name__}")
     logger.info(f"criterion: {type(criterion).__name__}")
     logger.info(f"position method: {getattr(cfg.model, 'position_method', None)}")
+    logger.info(f"document mask: {getattr(cfg.model, 'document_mask', None) or 'none'}")
     for kind, params in _parameters_by_kind(model).items():
         total = sum(p.numel() for p in params)
         trained = sum(p.numel() for p in params if p.requires_grad)
@@ -203,11 +207,14 @@ def _check_unused_valid_data(cfg: Any) -> None:
         )
 
 
-def _train_all_epochs(cfg: Any, trainer: Trainer, task: Any) -> None:
+def _train_all_epochs(cfg: Any, trainer: Trainer, task: Any, settings: Any) -> None:
     is_sharded = task.has_sharded_data(cfg.dataset.train_subset)
     _, epoch_itr = checkpoint_utils.load_checkpoint(
         cfg.checkpoint, trainer, disable_iterator_cache=is_sharded
     )
+    if distributed_utils.is_master(cfg.distributed_training) and not cfg.checkpoint.no_save:
+        # Only now: a run that fails before must not replace what a good one left in the folder.
+        write_resolved_settings(settings, Path(cfg.checkpoint.save_dir) / SETTINGS_FILE)
     max_epoch = cfg.optimization.max_epoch or math.inf
     stop_min_lr = cfg.optimization.stop_min_lr
     lr = trainer.get_lr()

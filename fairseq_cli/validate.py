@@ -29,11 +29,13 @@ _NO_OVERRIDES = {*COMPONENT_REGISTRIES, "config", "model_overrides", "path", "ta
 def cli_main() -> None:
     """Runs fairseq-validate with the arguments of the process."""
     set_up_logging()
+    run_command(_run)
+
+
+def _run() -> None:
     args = options.parse_args_and_arch(options.get_validation_parser())
     given = options.parse_args_and_arch(options.get_validation_parser(), suppress_defaults=True)
-    run_command(
-        lambda: distributed_utils.call_main(namespace_to_config(args), main, override_args=given)
-    )
+    distributed_utils.call_main(namespace_to_config(args), main, override_args=given)
 
 
 def main(cfg: Any, override_args: argparse.Namespace | None = None) -> list[dict[str, Any]]:

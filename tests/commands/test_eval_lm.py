@@ -335,7 +335,6 @@ def test_rows_longer_than_a_learned_table_are_refused_before_evaluating(fail, ru
             "32; it must be smaller, 31 at most",
         ),
         (f"{WIKI} --context-window -1", "--context-window is -1"),
-        (f"{WIKI} --tokens-per-sample 0", "--tokens-per-sample"),
         (f"{WIKI} --post-process letter", "--post-process 'letter' is not supported"),
         (f"{WIKI} --model-overrides dropout=0", "--model-overrides: 'dropout=0'"),
         (f"{WIKI} --model-overrides \"{{'dropout': 'much'}}\"", "dropout"),

@@ -421,7 +421,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, workers, signal_number, cod
         process.send_signal(signal_number)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == code
-    assert errors == ("interrupted\n" if signal_number == signal.SIGINT else "")
+    assert errors == ("interrupted\n" if signal_number == signal.SIGINT else "terminated\n")
     assert not (tmp_path / "bin").exists()
 
 

@@ -1,10 +1,14 @@
 """How a command ends."""
 
+import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from fairseq_cli import _commands
 from fairseq_cli._run import run_command
 
 
@@ -57,3 +61,38 @@ def test_a_reader_that_leaves_is_no_error():
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 1
+
+
+def test_termination_cleans_up_and_is_143():
+    code = (
+        "import time\nfrom fairseq_cli._run import run_command\n"
+        "def main():\n    try:\n        print('ready', flush=True)\n        time.sleep(60)\n"
+        "    finally:\n        print('cleaned up')\nrun_command(main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30) == ("cleaned up\n", "terminated\n")
+    assert process.returncode == 143
+
+
+def test_an_interruption_of_the_imports_is_130_too(capsys, monkeypatch):
+    def interrupted(name):
+        assert name == "fairseq_cli.train"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert end_of(_commands.train, capsys) == (130, "interrupted\n")
+
+
+def test_the_installed_commands_start_the_modules_of_their_names():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    section = text.partition("[project.scripts]")[2].partition("[")[0]
+    scripts = dict(re.findall(r'^(\S+) = "(.+)"$', section, flags=re.MULTILINE))
+    assert {"fairseq-preprocess", "fairseq-train", "fairseq-eval-lm"} <= set(scripts)
+    for command, target in scripts.items():
+        name = command.removeprefix("fairseq-").replace("-", "_")
+        assert target == f"fairseq_cli._commands:{name}"
+        assert getattr(_commands, name).args == (name,)

@@ -118,3 +118,12 @@ def test_interrupted_run_leaves_no_process_behind(tmp_path, data):
     time.sleep(0.5)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_a_run_that_cannot_start_leaves_the_settings_of_the_last_one(fails, tmp_path):
+    assert fails("")[0] == 0
+    settings = (tmp_path / "ckpt/config.yaml").read_text()
+    assert fails("--decoder-ffn-embed-dim 48")[0] == 1
+    assert fails("--valid-subset nope")[0] == 1
+    assert (tmp_path / "ckpt/config.yaml").read_text() == settings
+    assert "decoder_ffn_embed_dim: 64" in settings

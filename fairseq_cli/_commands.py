@@ -1,0 +1,17 @@
+"""What the installed commands call; each imports its module where a ctrl-C is caught already."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fairseq_cli._run import start
+
+__all__ = ["diagnose", "doctor", "eval_lm", "extrapolate", "preprocess", "train", "validate"]
+
+preprocess = partial(start, "preprocess")
+train = partial(start, "train")
+eval_lm = partial(start, "eval_lm")
+validate = partial(start, "validate")
+extrapolate = partial(start, "extrapolate")
+diagnose = partial(start, "diagnose")
+doctor = partial(start, "doctor")
