@@ -31,6 +31,8 @@ from fairseq.dataclass.arguments import literal_dict
 from fairseq.dataclass.configs import CheckpointConfig, FairseqConfig
 from fairseq.dataclass.legacy import apply_overrides, config_from_dict, namespace_to_config
 from fairseq.models.upgrade import prune_layers as prune_state_dict
+from fairseq.positions import PositionConfig, find_method, foreign_settings
+from fairseq.positions.alibi_slopes import SLOPE_RULE
 
 __all__ = [
     "check_dictionary",
@@ -45,6 +47,7 @@ __all__ = [
     "save_checkpoint",
     "torch_persistent_save",
     "verify_checkpoint_directory",
+    "vocabulary_size",
 ]
 
 logger = logging.getLogger(__name__)
@@ -256,17 +259,53 @@ def _check_fits(path: str, trainer: Any, *, is_resume: bool) -> None:
     if dictionary is not None:
         check_dictionary(state, dictionary, path)
     model_cfg = getattr(getattr(trainer, "cfg", None), "model", None)
+    comparisons = (_other_method, _other_settings, _other_mask)
+    for message in (compare(state, model_cfg, path) for compare in comparisons):
+        if message is not None and is_resume:
+            raise ValueError(f"{message}, --finetune-from-model {path} changes it")
+        if message is not None:
+            logger.warning(message)
+
+
+def _other_method(state: Mapping[str, Any], model_cfg: Any, path: str) -> str | None:
     chosen = getattr(model_cfg, "position_method", None)
     trained = position_method_of(state)
     if chosen is None or not trained.is_certain or trained.name == chosen:
-        return
-    message = (
+        return None
+    return (
         f"{path} holds a model with position method {trained.name} ({trained.reason}), this run "
         f"uses {chosen}; --position-method {trained.name} goes on as before"
     )
-    if is_resume:
-        raise ValueError(f"{message}, --finetune-from-model {path} changes it")
-    logger.warning(message)
+
+
+def _other_settings(state: Mapping[str, Any], model_cfg: Any, path: str) -> str | None:
+    """Compares the settings of a position method that is the same."""
+    if not isinstance(model_cfg, PositionConfig):
+        return None
+    extensions = (state.get(layout.ALIBI_KEY) or {}).get("extensions") or {}
+    trained = extensions.get("model") or {}
+    if trained.get("position_method") != model_cfg.position_method:
+        return None
+    changed = [
+        f"--{name.replace('_', '-')} {trained[name]} became {getattr(model_cfg, name)}"
+        for name in find_method(model_cfg.position_method).settings
+        if name in trained and trained[name] != getattr(model_cfg, name)
+    ]
+    return f"{path}: since it was written {', '.join(changed)}" if changed else None
+
+
+def _other_mask(state: Mapping[str, Any], model_cfg: Any, path: str) -> str | None:
+    if not hasattr(model_cfg, "document_mask"):
+        return None
+    extensions = (state.get(layout.ALIBI_KEY) or {}).get("extensions") or {}
+    trained = (extensions.get("model") or {}).get("document_mask") or "none"
+    chosen = model_cfg.document_mask or "none"
+    if trained == chosen:
+        return None
+    return (
+        f"{path} holds a model with document mask {trained}, this run uses {chosen}; "
+        f"--document-mask {trained} goes on as before"
+    )
 
 
 # ---- loading ----
@@ -308,6 +347,7 @@ def load_checkpoint_to_cpu(
         record.setdefault("train_length", layout.train_length_of(cfg))
         _set_if_known(cfg.model, "position_method", method.name)
         _set_if_known(cfg.model, "train_length", record["train_length"])
+        _set_if_known(cfg.model, "alibi_bias_max", _bias_max(record, path))
         apply_overrides(cfg, arg_overrides or {})
         method = _after_overrides(method, cfg, arg_overrides or {})
     record["position_method"] = method.name
@@ -328,6 +368,16 @@ def _config_of(state: Mapping[str, Any], path: str | os.PathLike[str]) -> Fairse
     return None
 
 
+def _bias_max(record: Mapping[str, Any], path: str | os.PathLike[str]) -> float | None:
+    rule = record.get("slope_rule", SLOPE_RULE)
+    if rule != SLOPE_RULE:
+        raise ValueError(
+            f"{path} was trained with ALiBi slopes by the rule {rule!r}, which is not known here; "
+            f"known is {SLOPE_RULE!r}"
+        )
+    return record.get("bias_max")
+
+
 def _set_if_known(section: Any, name: str, value: Any) -> None:
     if value is not None and name in getattr(type(section), "__dataclass_fields__", {}):
         setattr(section, name, value)
@@ -340,6 +390,10 @@ def _after_overrides(
     names = {*overrides, *(in_section if isinstance(in_section, Mapping) else ())}
     if "position_method" not in names:
         return method
+    if isinstance(cfg.model, PositionConfig):
+        # Settings of the stored method that another one does not have are nothing to complain of.
+        for setting in set(foreign_settings(cfg.model)) - names:
+            setattr(cfg.model, setting, getattr(PositionConfig, setting))
     name = getattr(cfg.model, "position_method", method.name)
     return PositionMethod(name, "given on the command line")
 
@@ -429,6 +483,7 @@ def load_model_ensemble_and_task(
                 task.load_state_dict(loaded["task_state"])
         models.append(_build_model(loaded, task, path, strict))
         _log_position_method(loaded[layout.ALIBI_KEY])
+        _log_document_mask(cfg.model)
     return models, cfg, task
 
 
@@ -460,6 +515,12 @@ def _log_position_method(record: Mapping[str, Any]) -> None:
         )
 
 
+def _log_document_mask(model_cfg: Any) -> None:
+    kind = getattr(model_cfg, "document_mask", None)
+    if kind not in (None, "none"):
+        logger.info(f"document mask: attention and positions restart at each {kind}")
+
+
 def check_dictionary(state: Mapping[str, Any], dictionary: Any, path: str) -> None:
     """Compares a checkpoint's vocabulary with a dictionary, before a model is built.
 
@@ -475,7 +536,7 @@ def check_dictionary(state: Mapping[str, Any], dictionary: Any, path: str) -> No
         "use data that was binarized with the dictionary the model was trained with "
         "(fairseq-preprocess --srcdict DICT)"
     )
-    rows = _vocabulary_size(state.get("model") or {})
+    rows = vocabulary_size(state.get("model") or {})
     if rows is not None and rows != len(dictionary):
         raise ValueError(
             f"{path} knows {rows:,} symbols, the dictionary of the data has {len(dictionary):,}; "
@@ -489,7 +550,7 @@ def check_dictionary(state: Mapping[str, Any], dictionary: Any, path: str) -> No
         )
 
 
-def _vocabulary_size(model_state: Mapping[str, torch.Tensor]) -> int | None:
+def vocabulary_size(model_state: Mapping[str, torch.Tensor]) -> int | None:
     """Returns the rows of the decoder's input embeddings, over all bands."""
     whole = model_state.get("decoder.embed_tokens.weight")
     if whole is not None:

@@ -19,9 +19,10 @@ from fairseq.data.monolingual_dataset import MonolingualDataset
 from fairseq.data.shorten_dataset import maybe_shorten_dataset
 from fairseq.data.token_block_dataset import BREAK_MODES, TokenBlockDataset
 from fairseq.dataclass import II, FairseqDataclass, is_interpolated
+from fairseq.positions.documents import DOCUMENT_MASKS
 from fairseq.tasks import LegacyFairseqTask, register_task
 
-__all__ = ["LanguageModelingConfig", "LanguageModelingTask"]
+__all__ = ["LanguageModelingConfig", "LanguageModelingTask", "check_document_mask"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,16 @@ class LanguageModelingConfig(FairseqDataclass):
         default=False, metadata={"help": "pad rows to tokens-per-sample"}
     )
     pad_to_fixed_bsz: bool = field(default=False, metadata={"help": "pad batches to batch-size"})
+    document_mask: str | None = field(
+        default=None,
+        metadata={
+            "help": "attention and positions restart at each document (after an empty line), at "
+            "each line, or nowhere; stored with the model (default: none; in evaluation as in "
+            "training)",
+            "choices": DOCUMENT_MASKS,
+            "extension": True,
+        },
+    )
     seed: int = II("common.seed")
     batch_size: int | None = II("dataset.batch_size")
     batch_size_valid: int | None = II("dataset.batch_size_valid")
@@ -143,7 +154,13 @@ class LanguageModelingTask(LegacyFairseqTask):
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> LanguageModelingTask:
-        """Makes the task with the dictionary of its data."""
+        """Makes the task with the dictionary of its data.
+
+        Raises:
+            FileNotFoundError: there is no dictionary.
+            ValueError: settings that do not go together.
+        """
+        check_document_mask(getattr(cfg, "document_mask", None), cfg)
         dictionary, output_dictionary = cls.setup_dictionary(cfg)
         wanted = {
             # `exclude_self_target` is how old checkpoints say it.
@@ -332,6 +349,32 @@ class LanguageModelingTask(LegacyFairseqTask):
     def target_dictionary(self) -> Dictionary:
         """The dictionary of the output."""
         return self.output_dictionary
+
+
+def check_document_mask(kind: str | None, cfg: Any, context_window: int = 0) -> None:
+    """Checks that documents can be told apart in the rows that a task makes.
+
+    Args:
+        kind: value of `--document-mask` that is in effect.
+        cfg: the task's settings.
+        context_window: tokens of context before each row.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if kind in (None, "none"):
+        return
+    if cfg.add_bos_token:
+        raise ValueError(
+            f"--document-mask {kind} goes by the </s> that every line starts with, but with "
+            "--add-bos-token rows start with <s>, which belongs to none; leave one of them out"
+        )
+    if kind == "document" and cfg.sample_break_mode == "complete_doc" and context_window > 0:
+        raise ValueError(
+            "--sample-break-mode complete_doc leaves out the empty lines between documents, so "
+            "that --document-mask document cannot tell them apart in the "
+            f"{context_window} tokens of --context-window; use --sample-break-mode complete or none"
+        )
 
 
 def _not_found(split: str, path: str, folder: str, impl: str | None) -> str:
