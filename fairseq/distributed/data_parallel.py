@@ -6,6 +6,7 @@ number of workers and divides by the number of tokens.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,15 +85,18 @@ def DistributedFairseqModel(
 def _torch_ddp(
     cfg: Any, model: nn.Module, process_group: ProcessGroup | None, device: torch.device
 ) -> nn.Module:
-    wrapped = TorchDistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=cfg.broadcast_buffers,
-        bucket_cap_mb=cfg.bucket_cap_mb,
-        process_group=process_group,
-        find_unused_parameters=cfg.find_unused_parameters,
-        gradient_as_bucket_view=cfg.gradient_as_bucket_view,
-    )
+    with warnings.catch_warnings():
+        # Newer versions of torch want another name, which older ones do not have.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        wrapped = TorchDistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=cfg.broadcast_buffers,
+            bucket_cap_mb=cfg.bucket_cap_mb,
+            process_group=process_group,
+            find_unused_parameters=cfg.find_unused_parameters,
+            gradient_as_bucket_view=cfg.gradient_as_bucket_view,
+        )
     if cfg.ddp_comm_hook == "fp16":
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 

@@ -7,6 +7,7 @@ machine, started here.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -165,7 +166,13 @@ def _spawn(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any], num: int)
     # Plug-ins must be imported before the objects that refer to their classes are unpickled.
     payload = pickle.dumps((cfg, main, kwargs))
     surroundings = (cfg.common.user_dir, multiprocessing.get_start_method(), _log_style())
-    context = start_processes(_worker, (*surroundings, payload, errors), nprocs=num, join=False)
+    context = start_processes(
+        _worker,
+        (*surroundings, payload, errors),
+        nprocs=num,
+        join=False,
+        start_method=method,
+    )
     try:
         while not context.join():
             pass
@@ -256,6 +263,8 @@ def _describe(error: Exception) -> str:
 def _distributed_main(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     distributed_init(cfg)
     result = main(cfg, **kwargs)
+    # What holds on to the group goes first, or it is destroyed while a thread of it still runs.
+    gc.collect()
     # Not after a failure: with NCCL this would wait for the other processes.
     dist.destroy_process_group()
     return result
