@@ -168,6 +168,13 @@ def _add_checkpoint_options(parser: CommandParser) -> None:
         metavar="NAME",
         help="position method of the checkpoint's model, where the file does not tell or is wrong",
     )
+    parser.add_dataclass("position method", _position_config(), suppress_defaults=True)
+
+
+def _position_config() -> type[FairseqDataclass]:
+    from fairseq.positions import PositionConfig
+
+    return PositionConfig
 
 
 def get_eval_lm_parser(default_task: str | None = "language_modeling") -> CommandParser:
@@ -267,6 +274,7 @@ def get_diagnose_parser(default_task: str | None = "language_modeling") -> Comma
         default=16,
         help="batches of text to read; 0 reads the whole split (default: 16)",
     )
+    group.add_argument("--no-plots", action="store_true", help="no picture, no matplotlib")
     parser.add_dataclass("dataset and batches", DatasetConfig)
     _add_checkpoint_options(parser)
     parser.set_defaults(gen_subset="valid")
@@ -454,7 +462,7 @@ def _post_process(parser: CommandParser, args: argparse.Namespace) -> None:
     args.no_seed_provided = False
     if hasattr(args, "model_overrides"):
         overrides = literal_dict(args.model_overrides, "--model-overrides")
-        for name in ("position_method", "document_mask"):
+        for name in (*_position_config().field_types(), "document_mask"):
             if getattr(args, name, None) is not None:
                 overrides = {**overrides, name: getattr(args, name)}
         args.model_overrides = repr(overrides)

@@ -7,7 +7,7 @@ own. What the original does not know stands under the one further key `alibi`:
 |---|---|
 | version | 1 |
 | position_method | registered name, such as `alibi` |
-| slope_rule, bias_max | how ALiBi's slopes follow from the number of heads |
+| slope_rule, bias_max | how slopes follow from the number of heads, for methods that have them |
 | train_length | tokens per sample the model was trained on last |
 | dictionary | {size, sha256 of the symbols in order} |
 | extensions | section -> field -> value of settings the original does not have |
@@ -29,6 +29,8 @@ import torch
 
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.legacy import config_to_dict, extension_fields
+from fairseq.positions import find_method
+from fairseq.positions.alibi_slopes import SLOPE_RULE
 
 __all__ = ["ALIBI_KEY", "FORMAT_VERSION", "dictionary_fingerprint", "pack", "to_plain"]
 
@@ -86,11 +88,12 @@ def _alibi_of(cfg: FairseqConfig, dictionary: Any) -> dict[str, Any]:
     record: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "position_method": getattr(cfg.model, "position_method", None) or "alibi",
-        "slope_rule": getattr(cfg.model, "slope_rule", None) or "interleave",
-        "bias_max": getattr(cfg.model, "bias_max", None) or 8.0,
         "train_length": train_length_of(cfg),
         "extensions": extension_fields(cfg),
     }
+    if "alibi_bias_max" in find_method(record["position_method"]).settings:
+        record["slope_rule"] = SLOPE_RULE
+        record["bias_max"] = getattr(cfg.model, "alibi_bias_max", 8.0)
     if dictionary is not None:
         record["dictionary"] = dictionary_fingerprint(dictionary)
     return record

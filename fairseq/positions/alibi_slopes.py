@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["alibi_slopes"]
+__all__ = ["SLOPE_RULE", "alibi_slopes"]
+
+SLOPE_RULE = "interleave"
+"""Name, in checkpoints, of the rule for numbers of heads that are no powers of two."""
 
 
 def alibi_slopes(num_heads: int, bias_max: float = 8.0) -> list[float]:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from fairseq.attention.bias import AttentionBias, Positions, position_tensor
+from fairseq.attention import AttentionBias, Positions
+from fairseq.attention.coordinates import signed_distance
 
 __all__ = ["DistanceBias", "per_head"]
 
@@ -47,11 +48,10 @@ class DistanceBias(AttentionBias):
         *,
         device: torch.device | None = None,
     ) -> torch.Tensor:
-        if _is_even(query_positions) and _is_even(key_positions):
-            return self._toeplitz(query_positions, key_positions, device)
-        query = position_tensor(query_positions, device)
-        key = position_tensor(key_positions, device)
-        distance = (query.unsqueeze(-1) - key.unsqueeze(-2)).abs_()  # (T, S) or (B, T, S)
+        query, key = query_positions, key_positions
+        if isinstance(query, range) and isinstance(key, range) and query.step == key.step == 1:
+            return self._toeplitz(query, key, device)
+        distance = signed_distance(query, key, device).abs_()  # (T, S) or (B, T, S)
         return self._values(distance.unsqueeze(-3))
 
     def _toeplitz(self, query: range, key: range, device: torch.device | None) -> torch.Tensor:
@@ -72,7 +72,3 @@ class DistanceBias(AttentionBias):
     def heads(self, which: slice) -> DistanceBias:
         chosen = (each[which] for each in self.numbers)
         return DistanceBias(self.formula, *chosen, is_learned=self.is_learned)
-
-
-def _is_even(positions: Positions) -> bool:
-    return isinstance(positions, range) and positions.step == 1

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairseq.attention import AttentionBias, Positions
-from fairseq.attention.bias import position_tensor
+from fairseq.attention.coordinates import position_tensor
 from fairseq.positions.base import Surroundings, WeightedMethod
 
 __all__ = ["Fire", "FireBias"]

@@ -11,7 +11,7 @@ from abc import abstractmethod
 import torch
 
 from fairseq.attention import Positions
-from fairseq.attention.bias import position_tensor
+from fairseq.attention.coordinates import position_tensor
 from fairseq.positions.base import PositionMethod, Surroundings
 
 __all__ = ["TurningMethod", "angles_of", "turn"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fairseq.attention import Positions
-from fairseq.attention.bias import position_tensor
+from fairseq.attention.coordinates import position_tensor
 from fairseq.positions.rotary import frequencies
 from fairseq.positions.turning import Tables, TurningMethod, angles_of
 
