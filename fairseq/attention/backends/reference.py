@@ -27,11 +27,23 @@ class ReferenceBackend(DenseBackend):
         scale: float | None = None,
     ) -> torch.Tensor:
         assert isinstance(prepared, DensePrepared)
-        scale = q.size(-1) ** -0.5 if scale is None else scale
-        scores = torch.matmul(q * scale, k.transpose(-2, -1))  # (B, H, T, S)
-        scores += prepared.mask
+        scores = self.scores(q, k, prepared, scale=scale)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         if dropout_p > 0:
             weights = F.dropout(weights, dropout_p)
         out = torch.matmul(weights, v)  # (B, H, T, K)
         return out if prepared.is_blind is None else out.masked_fill(prepared.is_blind, 0.0)
+
+    def scores(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        prepared: DensePrepared,
+        *,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Returns what the softmax is taken of, (B, H, T, S): -inf where a key is not seen."""
+        scale = q.size(-1) ** -0.5 if scale is None else scale
+        scores = torch.matmul(q * scale, k.transpose(-2, -1))
+        scores += prepared.mask
+        return scores
