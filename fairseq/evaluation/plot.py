@@ -35,10 +35,11 @@ _WIDE_RANGE = 4
 
 def check_matplotlib() -> None:
     """Raises ImportError with the remedy if matplotlib is not installed."""
-    _pyplot()
+    pyplot()
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Returns matplotlib.pyplot, set to draw into files; raises ImportError with the remedy."""
     try:
         matplotlib = importlib.import_module("matplotlib")
     except ImportError as error:
@@ -62,7 +63,7 @@ def plot_extrapolation(
         curves: stride -> curves, see `report.curves_of`.
         subtitle: what was evaluated.
     """
-    plt = _pyplot()
+    plt = pyplot()
     every = [curve for of_stride in curves.values() for curve in of_stride]
     looks = {label: i for i, label in enumerate(dict.fromkeys(c.group.label for c in every))}
     with plt.rc_context(_STYLE):
@@ -204,7 +205,7 @@ def plot_by_position(path: Path, lines: Sequence[PositionLine], *, subtitle: str
         lines: non-overlapping and sliding windows of the models.
         subtitle: what was evaluated.
     """
-    plt = _pyplot()
+    plt = pyplot()
     models = list(dict.fromkeys(line.group.label for line in lines))
     num_columns = min(len(models), 3)
     num_rows = math.ceil(len(models) / num_columns)
