@@ -25,15 +25,12 @@ class AttentionBias(ABC):
         rule: who may see whom where this bias is meant to be used; `prepare` takes it apart from
             the bias, so that each can be changed without the other.
         is_learned: whether gradients flow into the bias; such a bias is never cached.
-        is_relative: whether it depends on differences of positions alone, so that adding a number
-            to all of them changes nothing.
         is_per_row: whether rows differ at the same positions; such a bias is never cached.
     """
 
     num_heads: int
     rule: AttentionRule = CAUSAL
     is_learned: bool = False
-    is_relative: bool = True
     is_per_row: bool = False
 
     @abstractmethod

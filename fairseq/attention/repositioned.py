@@ -28,8 +28,6 @@ class ChunkBias(AttentionBias):
         across: what is added for keys of another chunk; None is the bias of restarted positions.
     """
 
-    is_relative = False
-
     def __init__(
         self, bias: AttentionBias, chunks: torch.Tensor, *, across: float | None = None
     ) -> None:
@@ -89,7 +87,6 @@ class CrossBias(AttentionBias):
     """
 
     rule = BIDIRECTIONAL
-    is_relative = False
 
     def __init__(
         self,
