@@ -107,5 +107,6 @@ def _leaving_on_terminate() -> Iterator[None]:
 
 def _leave(code: int) -> None:
     logging.shutdown()
-    sys.stdout.flush()
+    if sys.stdout is not None:  # it is None where the caller has closed it
+        sys.stdout.flush()
     sys.exit(code)

@@ -237,6 +237,12 @@ def _destination(destdir: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".preprocess-", dir=destdir) as name:
             yield Path(name)
             _move_files(Path(name), destdir)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # What fails while a file is written, such as for lack of space, names no file.
+        message = f"--destdir: writing there failed: {error.strerror}; nothing is left of this run"
+        raise OSError(error.errno, message, str(destdir)) from None
     finally:
         for folder in (destdir, *destdir.parents):
             if folder == existing or any(folder.iterdir()):

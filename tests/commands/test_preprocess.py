@@ -535,3 +535,26 @@ def test_a_destination_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match="--destdir: cannot write there") as failure:
         run("--trainpref", text, "--destdir", text / "bin")
     assert str(text / "bin") in str(failure.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX limits")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_leaves_nothing(tmp_path, workers):
+    import resource
+
+    limit = 20 << 10
+    found = run_command(
+        *("--trainpref", GOLDEN / "text/train.txt", "--destdir", tmp_path / "bin"),
+        *("--workers", workers),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert found.returncode == 1
+    assert "--destdir: writing there failed: File too large" in found.stderr
+    assert "Traceback" not in found.stderr and not (tmp_path / "bin").exists()
+
+
+def test_a_closed_standard_output_is_no_defect(tmp_path):
+    command = " ".join([*COMMAND, "--only-source", "--destdir", str(tmp_path / "bin"), ">&-"])
+    found = subprocess.run(command, shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    assert "--trainpref" in found.stderr
