@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from fairseq.logging.handlers import LogStream
+
 __all__ = ["run_command", "set_up_logging", "start"]
 
 _OURS = Path(__file__).resolve().parent.parent
@@ -31,7 +33,7 @@ def set_up_logging(stream: TextIO | None = None) -> None:
         format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
         level=os.environ.get("LOGLEVEL", "INFO").upper(),
-        stream=stream or sys.stdout,
+        handlers=[LogStream(stream or sys.stdout)],
     )
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fairseq.dataclass.settings_file import write_resolved_settings
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import meters, metrics, progress_bar
 from fairseq.trainer import Trainer
-from fairseq_cli._run import run_command
+from fairseq_cli._run import run_command, set_up_logging
 
 __all__ = [
     "cli_main",
@@ -47,7 +46,7 @@ def cli_main(modify_parser: Callable[[argparse.ArgumentParser], None] | None = N
     Args:
         modify_parser: may add options of its own.
     """
-    _set_up_logging()
+    set_up_logging()
     run_command(lambda: _run(modify_parser))
 
 
@@ -55,15 +54,6 @@ def _run(modify_parser: Callable[[argparse.ArgumentParser], None] | None) -> Non
     parser = options.get_training_parser()
     args = options.parse_args_and_arch(parser, modify_parser=modify_parser)
     distributed_utils.call_main(namespace_to_config(args), main)
-
-
-def _set_up_logging() -> None:
-    logging.basicConfig(
-        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-        level=os.environ.get("LOGLEVEL", "INFO").upper(),
-        stream=sys.stdout,
-    )
 
 
 def main(cfg: Any) -> None:
@@ -117,7 +107,7 @@ def _check_settings(cfg: Any) -> None:
 
 def _prepare_process(cfg: Any) -> None:
     """Sets up logging, metrics, seeds, device and the folder for checkpoints."""
-    _set_up_logging()
+    set_up_logging()
     utils.import_user_module(cfg.common)
     metrics.reset()
     if cfg.common.log_file is not None:

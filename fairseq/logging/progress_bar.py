@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from numbers import Number
 from typing import Any
 
+from fairseq.logging.handlers import LogFile
 from fairseq.logging.meters import AverageMeter, StopwatchMeter, TimeMeter
 
 __all__ = ["BaseProgressBar", "format_stat", "log_to_file", "progress_bar", "rename_logger"]
@@ -81,7 +82,7 @@ def log_to_file(path: str) -> None:
         if isinstance(handler, logging.FileHandler) and handler.baseFilename == target:
             return
     try:
-        handler = logging.FileHandler(target, encoding="utf-8")
+        handler = LogFile(target, encoding="utf-8")
     except OSError as error:
         message = f"--log-file: cannot write {target}: {error.strerror}"
         raise type(error)(error.errno, message) from None

@@ -63,6 +63,39 @@ def test_a_reader_that_leaves_is_no_error():
     assert process.wait() == 1
 
 
+def test_a_log_whose_reader_leaves_ends_the_command():
+    code = (
+        "import itertools, logging\nfrom fairseq_cli._run import run_command, set_up_logging\n"
+        "set_up_logging()\nlog = logging.getLogger('x')\n"
+        "run_command(lambda: [log.info(i) for i in itertools.count()])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=30) == 1
+
+
+def test_a_log_on_a_full_disk_is_told_of_once():
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("there is no /dev/full here")
+    code = (
+        "import logging, sys\nfrom fairseq_cli._run import run_command, set_up_logging\n"
+        "set_up_logging()\nlog = logging.getLogger('x')\n"
+        "run_command(lambda: [log.info(i) for i in range(9)] and sys.exit(0))"
+    )
+    with full.open("w") as stream:
+        found = subprocess.run(
+            [sys.executable, "-c", code], stdout=stream, stderr=subprocess.PIPE, text=True
+        )
+    assert found.stderr.count("the log cannot be written any more: [Errno 28]") == 1
+    assert "Logging error" not in found.stderr
+
+
 def test_termination_cleans_up_and_is_143():
     code = (
         "import time\nfrom fairseq_cli._run import run_command\n"
