@@ -24,8 +24,8 @@ class DensePrepared(Prepared):
     Attributes:
         mask: (H, T, S) or (B, H, T, S), added to the scores.
         is_blind: bool (B or 1, H or 1, T, 1), queries that may see no key; None where each sees
-            one. Their rows of the mask are open, so that the softmax is defined, and their output
-            is zero.
+            one. Some key is open in their rows of the mask, so that the softmax is defined, and
+            their output is zero.
     """
 
     mask: torch.Tensor
@@ -84,11 +84,12 @@ class DenseBackend(AttentionBackend):
             chosen = _of_heads(bias, rule, head_slice)
             mask = join(*chosen, query_positions, key_positions, dtype=dtype, device=device)
         is_hidden = hidden_keys(key_is_padding, query_documents, key_documents)
-        if is_hidden is None and _see_themselves(query_positions, key_positions):
+        see_themselves = _see_themselves(query_positions, key_positions)
+        if is_hidden is None and see_themselves:
             return DensePrepared(self, mask=mask)
         _, rule = _of_heads(bias, rule, head_slice)
         is_allowed = rule.is_allowed(query_positions, key_positions, device=device)
-        mask, is_blind = _hide(mask, is_hidden, is_allowed)
+        mask, is_blind = _hide(mask, is_hidden, is_allowed, see_themselves=see_themselves)
         return DensePrepared(self, key_is_padding=key_is_padding, mask=mask, is_blind=is_blind)
 
     def __deepcopy__(self, memo: dict[int, object]) -> DenseBackend:
@@ -122,7 +123,11 @@ def _see_themselves(queries: Positions, keys: Positions) -> bool:
 
 
 def _hide(
-    mask: torch.Tensor, is_hidden: torch.Tensor | None, is_allowed: torch.Tensor | None
+    mask: torch.Tensor,
+    is_hidden: torch.Tensor | None,
+    is_allowed: torch.Tensor | None,
+    *,
+    see_themselves: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Hides keys in a mask and finds the queries that see none.
 
@@ -135,8 +140,10 @@ def _hide(
         is_seen = is_allowed if is_allowed.dim() == 4 else is_allowed.unsqueeze(0)
     else:
         is_seen = is_hidden.logical_not()  # (B, 1, T or 1, S)
-        mask = mask.masked_fill(is_hidden, -torch.inf)
         if is_allowed is not None:
             is_seen = is_seen & is_allowed
     is_blind = is_seen.any(-1, keepdim=True).logical_not_()  # (B or 1, H or 1, T or 1, 1)
-    return mask.masked_fill(is_blind, 0.0), is_blind
+    if is_hidden is not None:
+        mask = mask.masked_fill(is_hidden & ~is_blind, -torch.inf)
+    # What is left of a blind row is what the rule lets it see; its own key, if there is one.
+    return (mask if see_themselves else mask.masked_fill(is_blind, 0.0)), is_blind
