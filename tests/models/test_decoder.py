@@ -87,7 +87,7 @@ def test_full_context_alignment_sees_the_future():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("method", ["alibi", "sinusoidal", "learned", "none"])
+@pytest.mark.parametrize("method", list(METHODS))
 def test_padding_does_not_matter(side, method):
     model = tiny_gpt(position_method=method, tokens_per_sample=40).eval()
     short, long = tokens_of(1, 6), tokens_of(1, 15, seed=1)
@@ -109,7 +109,7 @@ def test_padding_gets_finite_gradients():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("method", ["alibi", "sinusoidal", "learned", "none"])
+@pytest.mark.parametrize("method", list(METHODS))
 def test_methods_tell_order_apart(method):
     torch.manual_seed(0)
     model = tiny_gpt(position_method=method, decoder_layers=1).eval()
@@ -159,7 +159,7 @@ def test_learned_positions_end_and_others_do_not():
     assert learned.decoder.position_limit == learned.max_positions() == 20
     with pytest.raises(ValueError, match=r"21 tokens, but learned position embeddings .* 20 "):
         learned(tokens)
-    for method in ("alibi", "sinusoidal", "none"):
+    for method in set(METHODS) - {"learned"}:
         model = tiny_gpt(position_method=method, tokens_per_sample=20)
         assert model.decoder.position_limit is None and model.max_positions() == 20
         assert model(tokens)[0].shape == (1, 21, 100)
