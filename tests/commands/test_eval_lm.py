@@ -114,7 +114,14 @@ def test_word_statistics_are_the_originals(run):
 # ---- what does not change the numbers ----
 
 
-@pytest.mark.parametrize("overrides", ["", "--model-overrides \"{'max_target_positions': 128}\""])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "",
+        "--model-overrides \"{'max_target_positions': 128}\"",
+        "--model-overrides \"{'tokens_per_sample': 128, 'max_target_positions': 128}\"",
+    ],
+)
 def test_blocks_beyond_the_training_length_need_no_overrides(run, overrides):
     result = run(f"{WIKI} --tokens-per-sample 128 --max-tokens 1024 {overrides}")
     wanted = RECORDED["wiki103_tiny_valid_l128_c0"]["loss_base2"]

@@ -1,12 +1,14 @@
 """When a run validates, saves and stops, and what it leaves behind."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from train_runs import TINY_MODEL, TINY_TRAINING, make_tiny_data, train
 
+from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer
 from fairseq_cli import train as train_command
 
@@ -246,3 +248,80 @@ def test_the_log_goes_to_a_file_as_well(run, tmp_path):
     run(f"--max-update 1 --no-save --log-file {tmp_path}/train.txt")
     text = (tmp_path / "train.txt").read_text()
     assert "begin training epoch 1" in text and '"num_updates": "1"' in text
+
+
+def test_a_number_of_rows_is_enough_to_make_batches(monkeypatch, caplog, tmp_path, data):
+    command = f"{data} {TINY_MODEL} {TINY_TRAINING} --max-update 1 --no-save --batch-size 2"
+    found = train(monkeypatch, caplog, command.replace("--max-tokens 64", ""))
+    assert found.exit_code == 0
+    assert [len(batch) for batch in found.ids[0]] == [2, 2]
+
+
+def test_rows_may_start_with_bos_in_training(run, monkeypatch):
+    first = []
+    step = LanguageModelingTask.train_step
+
+    def recording(self, sample, *args, **kwargs):
+        first.extend(sample["net_input"]["src_tokens"][:, 0].tolist())
+        return step(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(LanguageModelingTask, "train_step", recording)
+    assert run("--max-update 1 --no-save --add-bos-token").exit_code == 0
+    assert first == [0] * 8
+
+
+def test_short_lines_make_batches_of_more_rows_than_blocks_would(run):
+    found = run("--max-update 2 --no-save --sample-break-mode eos")
+    assert found.exit_code == 0
+    assert max(len(batch) for update in found.ids for batch in update) > 64 // 16
+
+
+def test_validation_may_have_a_seed_of_its_own(run, monkeypatch):
+    seeds = []
+    monkeypatch.setattr("fairseq.utils.set_torch_seed", seeds.append)
+    run("--max-epoch 1 --no-save --fixed-validation-seed 77")
+    assert seeds.count(77) == 1
+    seeds.clear()
+    run("--max-epoch 1 --no-save")
+    assert 77 not in seeds
+
+
+def test_validation_batches_have_sizes_of_their_own(run, monkeypatch):
+    rows = []
+    step = Trainer.valid_step
+
+    def recording(self, sample, **kwargs):
+        rows.append(sample["target"].shape[0])
+        return step(self, sample, **kwargs)
+
+    monkeypatch.setattr(Trainer, "valid_step", recording)
+    sizes = {}
+    for options in ("", "--batch-size-valid 1", "--max-tokens-valid 32", "--batch-size 3"):
+        rows.clear()
+        run(f"--max-update 1 --no-save {options}")
+        sizes[options] = max(rows)
+    assert sizes == {
+        "": 4, "--batch-size-valid 1": 1, "--max-tokens-valid 32": 2, "--batch-size 3": 3,
+    }  # fmt: skip
+
+
+def test_sentences_may_be_the_unit_of_gradients(run):
+    by_token = run("--max-update 1 --no-save").curve()[1]
+    by_row = run("--max-update 1 --no-save --sentence-avg").curve()[1]
+    # The gradient of the same sum is divided by rows, not by tokens.
+    assert by_row["gnorm"] == pytest.approx(
+        by_token["gnorm"] * by_token["wpb"] / by_token["bsz"], rel=2e-2
+    )
+
+
+def test_the_cache_of_a_gpu_is_emptied_every_so_often(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(trainer._num_updates))
+    trainer = Trainer.__new__(Trainer)
+    trainer.cuda = True
+    for period, expected in ((0, []), (3, [1, 4, 7])):
+        emptied.clear()
+        trainer.cfg = SimpleNamespace(common=SimpleNamespace(empty_cache_freq=period))
+        for trainer._num_updates in range(1, 9):
+            trainer._empty_cache_if_due()
+        assert emptied == expected
