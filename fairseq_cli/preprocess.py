@@ -238,7 +238,7 @@ def _destination(destdir: Path) -> Iterator[Path]:
             yield Path(name)
             _move_files(Path(name), destdir)
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None or isinstance(error, BrokenPipeError):
             raise
         # What fails while a file is written, such as for lack of space, names no file.
         message = f"--destdir: writing there failed: {error.strerror}; nothing is left of this run"
