@@ -104,3 +104,12 @@ def test_torch_ddp(on_workers, alone):
         model=PLAIN_MODEL,
     )
     assert_same_curve(several, alone(f"{options} --update-freq 2", model=PLAIN_MODEL))
+
+
+@pytest.mark.slow
+def test_shards_of_a_position_method_s_weights(on_workers, alone, tmp_path):
+    """They are not in any layer, and every layer's gradients flow into them."""
+    options = "--position-method fire --update-freq 2 --ddp-backend fully_sharded"
+    several = on_workers(2, options, model=PLAIN_MODEL)
+    assert_same_curve(several, alone("--position-method fire --update-freq 4", model=PLAIN_MODEL))
+    assert_close_files(weights(tmp_path / "several"), weights(tmp_path / "one"))
