@@ -27,6 +27,7 @@ __all__ = [
     "eval_lm",
     "main",
     "move_to_device",
+    "set_sequence_length",
 ]
 
 logger = logging.getLogger("fairseq_cli.eval_lm")
@@ -93,7 +94,7 @@ def main(
     logger.info(f"{cfg.task.data} {subset} {len(dataset):,} examples")
     window = _longest_row(dataset, cfg.task.tokens_per_sample, context_window)
     _check_lengths(models, window)
-    _set_sequence_length(models, window)
+    set_sequence_length(models, window)
     batches = _batches(cfg, task, dataset)
     progress = progress_bar.progress_bar(
         batches,
@@ -149,8 +150,13 @@ def _longest_row(dataset: Any, block_length: int, context_window: int) -> int:
     return max(block, min(block, block_length) + context_window)
 
 
-def _set_sequence_length(models: list[torch.nn.Module], window: int) -> None:
-    """Lets position methods that adapt to length take every window, the last too, as full."""
+def set_sequence_length(models: list[torch.nn.Module], window: int | None) -> None:
+    """Lets position methods that adapt to length take every window, the last too, as full.
+
+    Args:
+        models: those without such methods are left as they are.
+        window: tokens in the longest row; None takes each batch as long as it is.
+    """
     for model in models:
         decoder: Any = getattr(model, "decoder", None)
         if hasattr(decoder, "sequence_length"):

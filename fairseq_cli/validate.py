@@ -16,7 +16,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics, progress_bar
 from fairseq.registry import COMPONENT_REGISTRIES
 from fairseq_cli._run import run_command, set_up_logging
-from fairseq_cli.eval_lm import move_to_device
+from fairseq_cli.eval_lm import move_to_device, set_sequence_length
 
 __all__ = ["cli_main", "main"]
 
@@ -91,6 +91,7 @@ def _validate(
 ) -> dict[str, Any]:
     """Validates on one subset; prints and returns its figures."""
     task.load_dataset(subset, combine=False, epoch=1)
+    set_sequence_length([model], int(max(task.dataset(subset).sizes, default=0)) or None)
     progress = progress_bar.progress_bar(
         _batches(cfg, task, model, subset),
         log_format=cfg.common.log_format,

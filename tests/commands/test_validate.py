@@ -119,3 +119,18 @@ def test_the_log_goes_to_a_file_as_well(run, tmp_path):
             handler.close()
             root.removeHandler(handler)
     assert "valid on 'valid' subset | loss" in (tmp_path / "log").read_text()
+
+
+def test_the_factor_of_an_interpolation_is_that_of_the_longest_row(run):
+    """Slopes of rows 4 times as long as in training are divided by 4, however rows are batched."""
+    length = "--tokens-per-sample 256 --max-target-positions 256"
+    losses = [
+        float(_stats(run(f"{GPT} {length} {options}")[1])["loss"])
+        for options in (
+            "--max-sentences 1 --alibi-interpolation linear",
+            "--max-sentences 9 --alibi-interpolation linear",
+            "--max-sentences 9 --alibi-interpolation linear --alibi-interpolation-factor 4",
+            "--max-sentences 9",
+        )
+    ]
+    assert losses[0] == losses[1] == losses[2] != losses[3]
