@@ -97,6 +97,9 @@ def _leaving_on_terminate() -> Iterator[None]:
     def leave(number: int, frame: Any) -> None:
         if os.getpid() != owner:  # a process that was forked from this one
             os._exit(128 + number)
+        # Loaders that are terminated too are no failure now; torch would raise one for each.
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         print("terminated", file=sys.stderr)
         sys.exit(128 + number)
 

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
@@ -236,6 +237,7 @@ def _worker(
     payload: bytes,
     errors: Any,
 ) -> None:
+    _end_with_parent()
     # Else its data loaders would be started the same way, which takes seconds in each epoch.
     multiprocessing.set_start_method(start_method, force=True)
     if log_style:
@@ -250,6 +252,19 @@ def _worker(
     except Exception as error:
         errors.put(f"worker {distributed.distributed_rank}: {_describe(error)}")
         raise SystemExit(1) from None
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started the run is gone, even if it was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _describe(error: Exception) -> str:

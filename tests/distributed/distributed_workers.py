@@ -243,6 +243,12 @@ def is_killed_on_rank_one(cfg: Any) -> None:
     time.sleep(60)
 
 
+def sleeps(cfg: Any) -> None:
+    """Tells its process id and waits for a long time."""
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+
 def divides_by_zero(cfg: Any) -> float:
     """A defect, as opposed to what a user causes."""
     return 1 / 0

@@ -1,7 +1,10 @@
 """Where ranks and addresses come from, and how a failing process ends the run."""
 
+import os
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import distributed_workers as workers
 import pytest
@@ -112,3 +115,33 @@ def test_a_killed_worker_ends_the_run():
     with pytest.raises(RuntimeError, match="worker 1 was ended by SIGKILL"):
         call_main(settings(2), workers.is_killed_on_rank_one)
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_end_when_the_process_that_started_them_is_killed():
+    here = Path(__file__).parent
+    code = (
+        "import distributed_workers as workers\n"
+        "from fairseq.distributed.utils import call_main\n"
+        "call_main(workers.settings(2), workers.sleeps)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    ids = [int(process.stdout.readline()) for _ in range(2)]
+    assert all(map(is_running, ids))
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 20
+    while any(map(is_running, ids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_running(process_id):
+    status = Path(f"/proc/{process_id}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
