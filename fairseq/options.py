@@ -163,6 +163,10 @@ def _evaluation_parser(description: str, default_task: str | None) -> CommandPar
 
 def _add_checkpoint_options(parser: CommandParser) -> None:
     parser.add_dataclass("evaluation", CommonEvalConfig)
+    _add_position_options(parser)
+
+
+def _add_position_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--position-method",
         metavar="NAME",
@@ -258,9 +262,44 @@ def get_validation_parser(default_task: str | None = "language_modeling") -> Com
     return _evaluation_parser("Validate a checkpoint as training does.", default_task)
 
 
+def _inspection_parser(
+    description: str, default_task: str | None, *, path_help: str, data: set[str], common: set[str]
+) -> CommandParser:
+    """Returns a parser with what it takes to look at a checkpoint in one process.
+
+    Args:
+        description: what the command does.
+        default_task: task whose options are accepted.
+        path_help: help of `--path`.
+        data: fields of `DatasetConfig` that are accepted.
+        common: fields of `CommonConfig` that are.
+    """
+    parser = CommandParser(description=description)
+    group = parser.add_argument_group("checkpoint and text")
+    group.add_argument("--path", metavar="FILE", help=path_help)
+    group.add_argument(
+        "--gen-subset", metavar="SUBSET", default="valid", help="split to read (default: valid)"
+    )
+    parser.add_dataclass("settings", CommonEvalConfig, only={"model_overrides"})
+    _add_position_options(parser)
+    parser.add_dataclass("dataset and batches", DatasetConfig, only=data)
+    parser.add_dataclass("common", CommonConfig, only=common)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with options; the command line wins over it"
+    )
+    parser.set_defaults(task=default_task)
+    return parser
+
+
 def get_diagnose_parser(default_task: str | None = "language_modeling") -> CommandParser:
     """Returns the parser of fairseq-diagnose."""
-    parser = get_parser("Show what each attention head of a model looks at.", default_task)
+    parser = _inspection_parser(
+        "Show what each attention head of a language model looks at, on real text.",
+        default_task,
+        path_help="checkpoint to diagnose",
+        data={"max_tokens", "batch_size", "num_workers", "data_buffer_size", "dataset_impl"},
+        common={"cpu", "user_dir", "no_progress_bar", "log_format", "log_interval"},
+    )
     group = parser.add_argument_group("diagnosis")
     group.add_argument(
         "--results-path",
@@ -275,20 +314,19 @@ def get_diagnose_parser(default_task: str | None = "language_modeling") -> Comma
         help="batches of text to read; 0 reads the whole split (default: 16)",
     )
     group.add_argument("--no-plots", action="store_true", help="no picture, no matplotlib")
-    parser.add_dataclass("dataset and batches", DatasetConfig)
-    _add_checkpoint_options(parser)
-    parser.set_defaults(gen_subset="valid")
     return parser
 
 
 def get_doctor_parser(default_task: str | None = "language_modeling") -> CommandParser:
     """Returns the parser of fairseq-doctor; its data folder is optional."""
-    description = "Check that a checkpoint's position method is really in effect."
-    parser = get_parser(description, default_task)
-    parser.add_dataclass("dataset and batches", DatasetConfig)
-    _add_checkpoint_options(parser)
-    parser.set_defaults(gen_subset="valid")
-    return parser
+    return _inspection_parser(
+        "Check that a checkpoint's position method is really in effect; exit code 1 if a check "
+        "fails. Without a data folder the model reads random words.",
+        default_task,
+        path_help="checkpoint to examine",
+        data={"dataset_impl"},
+        common={"cpu", "user_dir"},
+    )
 
 
 def parse_args(

@@ -109,12 +109,6 @@ def _check_settings(cfg: Any, length: int | None, max_batches: int) -> None:
         raise ValueError(f"--tokens-per-sample is {length}; a window needs at least 2 tokens")
     if max_batches < 0:
         raise ValueError(f"--max-batches is {max_batches}; it is at least 1, or 0 for all")
-    half = [name for name in ("fp16", "bf16") if getattr(cfg.common, name)]
-    if half:
-        raise ValueError(
-            f"--{half[0]}: weights are diagnosed in float32, and their zeros in half precision are "
-            "shown beside; leave the flag out"
-        )
 
 
 def _batches(cfg: Any, task: Any, dataset: Any, max_batches: int) -> Any:
@@ -123,8 +117,6 @@ def _batches(cfg: Any, task: Any, dataset: Any, max_batches: int) -> Any:
         dataset=dataset,
         max_tokens=_MAX_TOKENS if max_tokens is None else max_tokens,
         batch_size=cfg.dataset.batch_size,
-        num_shards=cfg.dataset.num_shards,
-        shard_id=cfg.dataset.shard_id,
         num_workers=cfg.dataset.num_workers,
         data_buffer_size=cfg.dataset.data_buffer_size,
     )

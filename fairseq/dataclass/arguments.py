@@ -13,7 +13,7 @@ import enum
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from fairseq.dataclass.base import MISSING, FairseqDataclass, is_interpolated
@@ -36,7 +36,12 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the options.\n")
 
     def add_dataclass(
-        self, title: str, config: type[FairseqDataclass], *, suppress_defaults: bool = False
+        self,
+        title: str,
+        config: type[FairseqDataclass],
+        *,
+        suppress_defaults: bool = False,
+        only: Collection[str] | None = None,
     ) -> None:
         """Adds a group with one option for each field that is not interpolated.
 
@@ -47,12 +52,15 @@ class CommandParser(argparse.ArgumentParser):
             config: the dataclass.
             suppress_defaults: leave options that are not given out of the namespace, instead of
                 setting their defaults.
+            only: names of the fields that get an option; None is all of them.
         """
         group = self.add_argument_group(title)
         hints = config.field_types()
         for field in dataclasses.fields(config):
             default = config.default_of(field)
             if field.name == "_name" or is_interpolated(default):
+                continue
+            if only is not None and field.name not in only:
                 continue
             self._add_field(group, field, hints[field.name], default, suppress_defaults)
 

@@ -86,7 +86,7 @@ def use_backend(model: Any, backend: AttentionBackend) -> Iterator[Any]:
     Raises:
         ValueError: the model has no decoder with attention backends.
     """
-    decoder = getattr(model, "decoder", None)
+    decoder: Any = getattr(model, "decoder", None)
     if not isinstance(getattr(decoder, "backend", None), AttentionBackend):
         raise ValueError(
             f"{type(model).__name__} has no attention to look at; give a checkpoint of a "

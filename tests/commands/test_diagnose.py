@@ -107,7 +107,6 @@ def test_without_matplotlib_the_remedy_is_told_before_anything_is_computed(
         (f"{GPT} --gen-subset nothing", "nothing"),
         (f"{GPT} --max-batches -1", "--max-batches is -1"),
         (f"{GPT} --tokens-per-sample 1", "at least 2"),
-        (f"{GPT} --bf16", "leave the flag out"),
         ("bin/nwords1000_thr2_pf16 --path ckpt/gpt_tiny/checkpoint_last.pt", "--srcdict"),
     ],
 )

@@ -54,7 +54,7 @@ def test_without_data(run, checkpoint):
 
 
 def test_with_data(run):
-    code, found, _, _ = run(f"bin/main {GPT} --num-workers 0")
+    code, found, _, _ = run(f"bin/main {GPT}")
     assert code == 0
     assert list(found) == ["dictionary fits", *CHECKS]
     assert found["dictionary fits"][0] == "PASS"
@@ -88,7 +88,6 @@ def test_a_damaged_parameter(run, tmp_path):
     [
         ("", "--path is needed"),
         ("--path nowhere.pt", "nowhere.pt"),
-        (f"{GPT} --fp16", "leave the flag out"),
         (f"bin {GPT}", "dict.txt"),
         (f"bin/main {GPT} --gen-subset nothing", "nothing"),
     ],

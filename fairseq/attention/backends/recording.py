@@ -57,7 +57,7 @@ Observer = Callable[[Observation], None]
 
 @dataclass(kw_only=True)
 class _Recipe(Prepared):
-    """What `prepare` was given, so that each block of queries can be prepared when its turn comes."""
+    """What `prepare` was given; each block of queries is prepared when its turn comes."""
 
     bias: AttentionBias
     query_positions: Positions
