@@ -88,26 +88,33 @@ def start(module: str) -> None:
 @contextlib.contextmanager
 def _leaving_on_terminate() -> Iterator[None]:
     """Lets SIGTERM end this process as an exception does, so that everything is cleaned up."""
-    is_ours = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    if is_ours or threading.current_thread() is not threading.main_thread():
+    is_set = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    if is_set or threading.current_thread() is not threading.main_thread():
         yield
         return
-    owner = os.getpid()
-
-    def leave(number: int, frame: Any) -> None:
-        if os.getpid() != owner:  # a process that was forked from this one
-            os._exit(128 + number)
-        # Loaders that are terminated too are no failure now; torch would raise one for each.
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        print("terminated", file=sys.stderr)
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, _on_terminate)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _on_terminate(number: int, frame: Any) -> None:
+    # Loaders that are terminated too are no failure now; torch would raise one for each.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    print("terminated", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _forget_handler() -> None:
+    """Lets SIGTERM end a forked process at once, whatever it waits for."""
+    if signal.getsignal(signal.SIGTERM) is _on_terminate:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_handler)
 
 
 def _leave(code: int) -> None:

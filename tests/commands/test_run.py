@@ -1,9 +1,12 @@
 """How a command ends."""
 
+import multiprocessing
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,21 @@ def test_termination_cleans_up_and_is_143():
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30) == ("cleaned up\n", "terminated\n")
     assert process.returncode == 143
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_processes_are_terminated_as_always():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+
+    def main():
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        child.start()
+        child.terminate()
+        child.join(timeout=30)
+
+    run_command(main)
+    assert child.exitcode == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_an_interruption_of_the_imports_is_130_too(capsys, monkeypatch):
