@@ -129,12 +129,12 @@ def _load(path: str, state: dict[str, Any], task: Any) -> Any:
     """Builds the model, with a made-up dictionary of the right size if there is no task."""
     if task is None:
         size = checkpoint_utils.vocabulary_size(state["model"])
-        if state["cfg"] is None or size is None:
+        if size is None:
             raise ValueError(
                 f"{path} holds no transformer language model; give a checkpoint that "
                 "fairseq-train wrote for --task language_modeling"
             )
-        task = _task_without_data(state["cfg"].task, size)
+        task = _task_without_data(getattr(state["cfg"], "task", None), size)
         record = state[layout.ALIBI_KEY]
         record = {key: value for key, value in record.items() if key != "dictionary"}
         state = {**state, layout.ALIBI_KEY: record}
