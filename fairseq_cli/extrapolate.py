@@ -258,7 +258,7 @@ class _Sweep:
                 start_s = answer.result["wall_s"] - answer.result["seconds"]
                 left.add(costs[cell.key], answer.result["seconds"], start_s)
                 logger.info(
-                    f"[{number}/{len(todo)}] {cell.checkpoint.path}, {cell.window}: perplexity "
+                    f"[{number}/{len(todo)}] {self._name(cell)}, {cell.window}: perplexity "
                     f"{answer.result['perplexity']:.2f}, {answer.result['seconds']:.1f} s"
                     + _time_left(left)
                 )
@@ -271,8 +271,13 @@ class _Sweep:
                 self._note(text)
 
     def _fail(self, cell: _Cell, error: str) -> None:
-        self.failed.append(f"{cell.checkpoint.path}, {cell.window}: {error}")
+        self.failed.append(f"{self._name(cell)}, {cell.window}: {error}")
         logger.error(self.failed[-1])
+
+    def _name(self, cell: _Cell) -> str:
+        """Returns the name that the report has for a checkpoint; its path where runs share one."""
+        group = next(g for g in self.groups if cell.checkpoint in g.checkpoints)
+        return cell.checkpoint.path if len(group.checkpoints) > 1 else group.label
 
     # ---- reporting ----
 
@@ -304,7 +309,7 @@ class _Sweep:
         return [
             f"{now:%Y-%m-%d %H:%M %z}, PyTorch {torch.__version__}, {_device_name(self.args)}, "
             f"{torch.get_num_threads()} threads",
-            f"`{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`",
+            f"`{shlex.join(['fairseq-extrapolate', *sys.argv[1:]])}`",
         ]
 
     def finish(self) -> list[Row]:
@@ -325,9 +330,17 @@ class _Sweep:
     def _plot(self, rows: Sequence[Row]) -> None:
         subtitle = f"{self.args.data}, {self.args.gen_subset}, {rows[0].tokens:,} tokens"
         curves = report.curves_of(self.groups, rows)
-        plot.plot_extrapolation(self.folder / "extrapolation.png", curves, subtitle=subtitle)
-        lines = report.position_lines(self.groups, list(self._results()))
-        plot.plot_by_position(self.folder / "by_position.png", lines, subtitle=subtitle)
+        has_seeds = any(len(group.checkpoints) > 1 for group in self.groups)
+        plot.plot_extrapolation(
+            self.folder / "extrapolation.png",
+            curves,
+            subtitle=subtitle + ("; band: standard deviation over seeds" if has_seeds else ""),
+        )
+        plot.plot_by_position(
+            self.folder / "by_position.png",
+            report.position_lines(self.groups, list(self._results())),
+            subtitle=subtitle + "; band: standard error; dashed: mean over all tokens",
+        )
 
 
 def _row(cell: _Cell, subset: str, result: dict[str, Any]) -> Row:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Train short, test long: the whole pipeline on text that every Python brings along.
+"""Train short, test long: ALiBi against sinusoidal positions, on text that Python brings along.
 
 Splits the help topics and docstrings of Python's standard library into words and punctuation (or
-takes three files of your own), then runs fairseq-preprocess, fairseq-train and fairseq-eval-lm: an
-ALiBi language model is trained on short sequences and evaluated on sequences up to 16 times as
-long. What is done already is reused; a run that was interrupted goes on where it stopped.
+takes three files of your own), trains a small language model with each of the two position methods
+on sequences of 64 tokens (fairseq-preprocess, fairseq-train), and evaluates both on sequences up to
+16 times as long (fairseq-extrapolate). What is done already is reused; a run that was interrupted
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,19 +15,30 @@ import ast
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
 import sys
 import sysconfig
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
 
 # Of the lines that the commands log, those that tell how far they are.
-NEWS = ("train_inner |", "train |", "valid |", "fairseq_cli.preprocess |")
+NEWS = (
+    "train_inner |",
+    "train |",
+    "valid |",
+    "fairseq_cli.preprocess |",
+    "fairseq_cli.extrapolate |",
+)
+
+METHODS = ("alibi", "sinusoidal")
 
 
 def documents_of_python() -> Iterator[tuple[str, str]]:
@@ -78,26 +90,25 @@ def write_python_text(folder: Path, most_tokens: int) -> list[Path]:
     return [folder / f"{split}.txt" for split in ("train", "valid", "test")]
 
 
-def run(command: str, *, quiet: bool = False) -> str:
-    """Runs one of the project's commands, showing it and its output; returns what it printed."""
+def run(command: str) -> None:
+    """Runs one of the project's commands, showing it and what tells how far it is."""
     print(f"\n$ {command}", flush=True)
     argv = shlex.split(command)
     module = argv[0].replace("fairseq-", "fairseq_cli.").replace("-", "_")
     program = [sys.executable, "-c", f"from {module} import cli_main; cli_main()", *argv[1:]]
-    printed = []
+    last: deque[str] = deque(maxlen=5)
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            printed.append(line)
+            last.append(line)
             is_warning = " | WARNING | " in line
             _, is_info, shown = line.partition(" | INFO | ")
             is_news = bool(is_info) and shown.startswith(NEWS) and "Namespace(" not in shown
-            if is_warning or (is_news and not quiet):
+            if is_warning or is_news:
                 print("  " + (line if is_warning else shown), end="", flush=True)
     if process.returncode:
-        sys.stdout.writelines(printed[-5:] if quiet else [])
+        sys.stdout.writelines(last)
         raise SystemExit(f"{argv[0]} ended with exit code {process.returncode}")
-    return "".join(printed)
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> Path:
@@ -132,10 +143,10 @@ def prepare(options: argparse.Namespace, folder: Path) -> Path:
     return data
 
 
-def train(options: argparse.Namespace, data: Path, folder: Path) -> Path:
-    """Trains the model, or goes on training it; returns its last checkpoint."""
+def train(options: argparse.Namespace, method: str, data: Path, folder: Path) -> Path:
+    """Trains a model, or goes on training it; returns its last checkpoint."""
     identity = hashlib.sha256((data / "dict.txt").read_bytes()).hexdigest()[:8]
-    name = f"alibi-L{options.length}-{options.updates}-updates-{identity}"
+    name = f"{method}-L{options.length}-{options.updates}-updates-{identity}"
     checkpoints = folder / "checkpoints" / name
     last = checkpoints / "checkpoint_last.pt"
     if (checkpoints / "finished").exists() and last.exists():
@@ -146,6 +157,7 @@ def train(options: argparse.Namespace, data: Path, folder: Path) -> Path:
     run(
         f"fairseq-train --task language_modeling {shlex.quote(str(data))} "
         f"--save-dir {shlex.quote(str(checkpoints))} --arch transformer_lm_wiki103 "
+        f"--position-method {method} --seed 1 "
         "--decoder-layers 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 "
         "--decoder-attention-heads 8 "
         f"--adaptive-input-cutoff {cutoffs} --adaptive-softmax-cutoff {cutoffs} "
@@ -163,27 +175,26 @@ def train(options: argparse.Namespace, data: Path, folder: Path) -> Path:
     return last
 
 
-def evaluate(options: argparse.Namespace, data: Path, checkpoint: Path) -> list[dict[str, float]]:
-    """Evaluates the model at each length; returns a row for each."""
-    results = checkpoint.parent / "results.json"
-    rows = json.loads(results.read_text()) if results.exists() else []
-    for length in options.lengths:
-        if any(row["length"] == length for row in rows):
-            continue
-        began = time.monotonic()
-        printed = run(
-            f"fairseq-eval-lm {shlex.quote(str(data))} --path {shlex.quote(str(checkpoint))} "
-            f"--gen-subset test --sample-break-mode none --tokens-per-sample {length} "
-            f"--max-tokens {max(length, 4096)}",
-            quiet=True,
-        )
-        tokens = int(re.search(r"Evaluated ([\d,]+) tokens", printed)[1].replace(",", ""))
-        bits = float(re.search(r"Loss \(base 2\): ([\d.]+)", printed)[1])
-        seconds = time.monotonic() - began
-        rows.append({"length": length, "tokens": tokens, "bits": bits, "seconds": seconds})
-        results.write_text(json.dumps(rows, indent=1))
-        print(f"  length {length}: perplexity {2**bits:.2f}", flush=True)
-    return sorted(rows, key=lambda row: row["length"])
+def sweep(options: argparse.Namespace, data: Path, checkpoints: list[Path]) -> Path:
+    """Evaluates the models at every length; returns the folder of the report."""
+    report = checkpoints[0].parents[2] / "extrapolation"
+    run(
+        f"fairseq-extrapolate {shlex.quote(str(data))} "
+        f"--path {shlex.quote(os.pathsep.join(map(str, checkpoints)))} --gen-subset test "
+        f"--strides {options.strides} "
+        f"--sample-break-mode none --max-tokens 4096 --results-path {shlex.quote(str(report))}"
+    )
+    return report
+
+
+def print_table(rows: list[dict[str, Any]], stride: int | str) -> None:
+    """Prints perplexities, models down, lengths across."""
+    rows = [row for row in rows if row["stride"] == stride]
+    lengths = sorted({row["eval_length"] for row in rows})
+    print(f"  {'':<12}" + "".join(f"{length:>10,}" for length in lengths))
+    for method in METHODS:
+        found = {r["eval_length"]: r["perplexity"] for r in rows if r["position_method"] == method}
+        print(f"  {method:<12}" + "".join(f"{found[length]:>10.2f}" for length in lengths))
 
 
 def main() -> None:
@@ -195,28 +206,30 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of all results")
     parser.add_argument("--length", type=int, default=64, help="training length (default: 64)")
-    parser.add_argument("--updates", type=int, default=1200, help="updates of training")
-    parser.add_argument("--quick", action="store_true", help="a minute only: less text, 60 updates")
+    parser.add_argument("--updates", type=int, default=500, help="updates of each training")
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute only: less text, 60 updates each"
+    )
     options = parser.parse_args()
     options.most_tokens = 40_000 if options.quick else 1_000_000
     if options.quick:
         options.updates = min(options.updates, 60)
-    options.lengths = [options.length * 2**k for k in range(5)]
+    options.strides = "length" if options.quick else f"length,{options.length}"
     folder = (options.out / ("quick" if options.quick else "full")).resolve()
     began = time.monotonic()
     data = prepare(options, folder)
-    checkpoint = train(options, data, folder)
-    rows = evaluate(options, data, checkpoint)
+    checkpoints = [train(options, method, data, folder) for method in METHODS]
+    report = sweep(options, data, checkpoints)
+    rows = json.loads((report / "report.json").read_text())
     minutes, seconds = divmod(math.ceil(time.monotonic() - began), 60)
-    print(f"\nTrained on sequences of {options.length} tokens, tested on the test text:\n")
-    print("  test length   perplexity   bits per token   tokens")
-    for row in rows:
-        length, bits = f"{row['length']:,}", row["bits"]
-        print(f"  {length:>11}   {2**bits:>10.2f}   {bits:>14.4f}   {row['tokens']:,}")
-    print(
-        f"\nmodel    {checkpoint}\ndata     {data}\nresults  {checkpoint.parent / 'results.json'}"
-    )
-    print(f"took {minutes} min {seconds} s", flush=True)
+    print(f"\nTrained on sequences of {options.length} tokens; perplexity of the test text in")
+    print("windows of so many tokens, one after the other:\n")
+    print_table(rows, "length")
+    if not options.quick:
+        print(f"\n... and in windows that slide by {options.length} tokens:\n")
+        print_table(rows, options.length)
+    print(f"\npicture  {report / 'extrapolation.png'}\n         {report / 'by_position.png'}")
+    print(f"report   {report / 'report.md'}\ntook {minutes} min {seconds} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # Runs the tests; makes the environment if there is none. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-EXTRAS="[test]"
+EXTRAS="plot test"
 . scripts/setup_env.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec python -m pytest "$@"

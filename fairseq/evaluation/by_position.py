@@ -91,6 +91,11 @@ class LossByPosition:
             bits = mean / math.log(2)
             yield PositionBin(first, last, int(count), places / count, bits, std_error)
 
+    @property
+    def mean_bits(self) -> float:
+        """Mean loss over all tokens."""
+        return float(self._sums[2].sum() / self._sums[0].sum() / math.log(2))
+
     def to_lists(self) -> list[list[float]]:
         """Returns the sums as lists, for JSON."""
         sums: list[list[float]] = self._sums.tolist()

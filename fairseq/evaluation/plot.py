@@ -137,6 +137,7 @@ def _mark_train_length(axis: Any, length: int) -> None:
         va="top",
         fontsize=8,
         color="#666666",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )
 
 
@@ -197,8 +198,8 @@ def _save(plt: Any, figure: Any, path: Path, subtitle: str) -> None:
 def plot_by_position(path: Path, lines: Sequence[PositionLine], *, subtitle: str = "") -> None:
     """Draws the mean loss against the position in the window, a panel for each model.
 
-    Of sliding windows only full ones are drawn; in non-overlapping ones the first positions of
-    each window have little to go by, which is what sliding avoids.
+    In windows that do not overlap the first positions have little to go by, which is what sliding
+    avoids.
 
     Args:
         path: PNG to write.
@@ -233,13 +234,11 @@ def plot_by_position(path: Path, lines: Sequence[PositionLine], *, subtitle: str
 def _draw_position_panel(axis: Any, lines: Sequence[PositionLine]) -> None:
     for index, line in enumerate(sorted(lines, key=lambda line: line.context)):
         color = _COLORS[index % len(_COLORS)]
-        # Windows at the start of the text have less context.
-        bins = [b for b in line.loss.bins(line.window) if b.last > line.context]
-        places, bits = [b.position for b in bins], [b.bits for b in bins]
-        name = f"{_mode_name(line)}: mean {line.mean_bits:.2f} bits"
-        marker = "D" if len(bins) == 1 else ""
+        places, bits = [b.position for b in line.points], [b.bits for b in line.points]
+        name = f"{_mode_name(line)}: mean {line.mean_bits:.2f} bits at length {line.window:,}"
+        marker = "D" if len(places) == 1 else ""
         axis.plot(places, bits, color=color, marker=marker, label=name, zorder=3 + index)
-        _draw_band(axis, places, bits, [b.std_error for b in bins], color)
+        _draw_band(axis, places, bits, [b.std_error for b in line.points], color)
         axis.axhline(line.mean_bits, color=color, linestyle="--", linewidth=0.9, zorder=1)
     train_length = lines[0].group.train_length
     if train_length is not None:
@@ -247,8 +246,9 @@ def _draw_position_panel(axis: Any, lines: Sequence[PositionLine]) -> None:
     longest = max(line.window for line in lines)
     ticks = [2**k for k in range(int(math.log2(longest)) + 1)]
     _log_ticks(axis, ticks[:: 1 + len(ticks) // 8])
-    title = f"{lines[0].group.label}, windows of {longest:,}"
-    legend = axis.legend(title=title, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    legend = axis.legend(
+        title=lines[0].group.label, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0
+    )
     legend.set_alignment("left")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fairseq.evaluation.by_position import LossByPosition
+from fairseq.evaluation.by_position import LossByPosition, PositionBin
 from fairseq.evaluation.extrapolation import NON_OVERLAPPING, CheckpointInfo, Row
 
 __all__ = [
@@ -182,43 +182,63 @@ def _curve(group: Group, rows: Sequence[Row]) -> Curve:
 
 @dataclass(frozen=True)
 class PositionLine:
-    """Loss by position of a group at one length and stride.
+    """Loss of a group by position in the window.
 
     Attributes:
         group: the runs.
-        window: evaluation length.
-        context: tokens of a window that are not scored; 0 for non-overlapping windows.
-        loss: sums over all runs.
+        window: the longest evaluation length.
+        context: tokens of such a window that are not scored; 0 for non-overlapping windows.
+        points: mean loss by position.
+        mean_bits: mean loss over all tokens at the longest length.
     """
 
     group: Group
     window: int
     context: int
-    loss: LossByPosition
-
-    @property
-    def mean_bits(self) -> float:
-        """Mean loss over all tokens."""
-        bins = list(self.loss.bins(self.window))
-        return sum(b.bits * b.tokens for b in bins) / sum(b.tokens for b in bins)
+    points: list[PositionBin]
+    mean_bits: float
 
 
 def position_lines(
     groups: Sequence[Group], results: Sequence[tuple[Row, LossByPosition]]
 ) -> list[PositionLine]:
-    """Returns what by_position.png shows: each group at its longest length, with every stride."""
+    """Returns what by_position.png shows.
+
+    Of windows that do not overlap, every position is taken from the shortest that reach it, since
+    these are the most. Of sliding windows, the longest are taken, and of these the full ones;
+    those at the start of the text have less context.
+    """
     lines = []
     for group in groups:
-        own = [(row, loss) for row, loss in results if row.checkpoint in group.paths]
-        longest = max((row.eval_length for row, _ in own), default=0)
-        by_context: dict[int, dict[str, LossByPosition]] = {}
-        for row, loss in own:
-            if row.eval_length == longest:
-                by_context.setdefault(row.context_window, {})[row.checkpoint] = loss
-        for context, losses in sorted(by_context.items()):
-            total = LossByPosition.from_lists(*(loss.to_lists() for loss in losses.values()))
-            lines.append(PositionLine(group, longest, context, total))
+        windows = _pooled(group, results)
+        longest = max((length for length, _ in windows), default=0)
+        blocks: list[PositionBin] = []
+        reached = 0
+        for (length, context), loss in sorted(windows.items()):
+            if context == 0:
+                blocks += [b for b in loss.bins(length) if b.first > reached]
+                reached = length
+        for (length, context), loss in sorted(windows.items()):
+            if length == longest:
+                full = [b for b in loss.bins(length) if b.last > context]
+                points = blocks if context == 0 else full
+                lines.append(PositionLine(group, length, context, points, loss.mean_bits))
     return lines
+
+
+def _pooled(
+    group: Group, results: Sequence[tuple[Row, LossByPosition]]
+) -> dict[tuple[int, int], LossByPosition]:
+    """Returns (length, context) -> losses of all runs of a group."""
+    windows: dict[tuple[int, int], dict[str, LossByPosition]] = {}
+    for row, loss in results:
+        if row.checkpoint in group.paths:
+            place = (row.eval_length, row.context_window)
+            windows.setdefault(place, {})[row.checkpoint] = loss
+    return {
+        place: LossByPosition.from_lists(*(loss.to_lists() for loss in losses.values()))
+        for place, losses in windows.items()
+    }
 
 
 # ---- report.json, report.csv, report.md ----

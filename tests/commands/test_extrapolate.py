@@ -201,7 +201,7 @@ def test_cheap_rows_come_first_with_the_time_left(made_up, tmp_path, caplog):
     lines = [m for m in caplog.messages if m.startswith("[")]
     assert len(lines) == 4
     assert lines[0].startswith(
-        f"[1/4] {WIKI}, length 64, non-overlapping: perplexity 8.00, 2.0 s; about "
+        "[1/4] alibi, length 64, non-overlapping: perplexity 8.00, 2.0 s; about "
     )
     assert lines[-1].endswith("sliding by 16: perplexity 8.00, 2.0 s")
 

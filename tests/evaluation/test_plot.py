@@ -98,12 +98,12 @@ def test_loss_against_position(tmp_path, figures):
     (axis,) = figures[0].axes
     drawn = _lines(axis)
     (blocks, sliding) = drawn
-    assert blocks == "non-overlapping: mean 6.00 bits"
-    assert sliding == "sliding by 1: mean 5.00 bits"
+    assert blocks == "non-overlapping: mean 6.00 bits at length 8"
+    assert sliding == "sliding by 1: mean 5.00 bits at length 8"
     assert drawn[blocks][0] == [1, 2, 4, 8]
     assert drawn[blocks][1] == pytest.approx([9, 7, 5, 3])
     assert drawn[sliding][0] == [8]
-    assert axis.get_legend().get_title().get_text() == "alibi, windows of 8"
+    assert axis.get_legend().get_title().get_text() == "alibi"
 
 
 def test_models_have_panels_of_their_own(tmp_path, figures):

@@ -94,19 +94,27 @@ def _losses(positions, nats):
     return losses
 
 
-def test_lines_by_position_are_of_the_longest_windows_and_pool_seeds():
+def test_lines_by_position():
     one, two = checkpoint("1.pt", seed=1), checkpoint("2.pt", seed=2)
     results = [
-        (row(one, 64, 1.0), _losses([1], [100])),
-        (row(one, 128, 1.0), _losses([1, 2], [1, 2])),
-        (row(two, 128, 1.0), _losses([1, 2], [3, 6])),
-        (row(one, 128, 1.0, stride=32), _losses([128], [1])),
+        (row(one, 64, 1.0), _losses([1, 64], [4, 4])),
+        (row(one, 128, 1.0), _losses([1, 64, 128], [7, 7, 1])),
+        (row(two, 128, 1.0), _losses([1, 64, 128], [7, 7, 3])),
         # A stride as long as the window is no other evaluation.
-        (row(one, 128, 1.0, stride=128), _losses([1, 2], [1, 2])),
+        (row(one, 128, 1.0, stride=128), _losses([1, 64, 128], [7, 7, 1])),
+        (row(one, 128, 1.0, stride=32), _losses([5, 128], [9, 1])),
+        (row(one, 64, 1.0, stride=32), _losses([64], [1])),
     ]
-    lines = report.position_lines(report.group_by_seed([one, two]), results)
-    assert [(line.window, line.context) for line in lines] == [(128, 0), (128, 96)]
-    assert lines[0].mean_bits == pytest.approx((1 + 2 + 3 + 6) / 4 / math.log(2))
+    blocks, sliding = report.position_lines(report.group_by_seed([one, two]), results)
+    assert (blocks.window, blocks.context) == (128, 0)
+    assert (sliding.window, sliding.context) == (128, 96)
+    # To 64 from windows of 64, beyond from those of 128, there over both seeds.
+    points = [(b.position, b.tokens, b.bits * math.log(2)) for b in blocks.points]
+    assert points == [(1, 1, 4), (64, 1, 4), (128, 2, 2)]
+    assert blocks.mean_bits == pytest.approx((4 * 7 + 1 + 3) / 6 / math.log(2))
+    # The first window of the text is not full.
+    assert [b.position for b in sliding.points] == [128]
+    assert sliding.mean_bits == pytest.approx(5 / math.log(2))
 
 
 # ---- files ----
