@@ -99,6 +99,9 @@ def _examine(
     num_long = max(_LONG, train_length + _MOST_EXTRA, limit + 1)
     if tokens is None:
         tokens = _random_ids(len(model.decoder.dictionary))
+    elif model.decoder.document_mask != "none":
+        # Ends of lines would tell the order of tokens, whatever the position method.
+        tokens = tokens[tokens.ne(task.source_dictionary.eos())]
     tokens = _repeat_to(tokens, _ROWS * length + num_long).to(device)
     short, long_tokens = tokens[: _ROWS * length], tokens[_ROWS * length :]
     yield from examine(
