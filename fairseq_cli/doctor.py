@@ -113,9 +113,15 @@ def _examine(
             stored_reason=stored["position_reason"],
             is_certain=stored["position_is_certain"],
             train_length=train_length,
-            bias_max=getattr(state["cfg"].model, "alibi_bias_max", 8.0),
+            bias_max=state["cfg"].model.alibi_bias_max,
+            interpolation=_interpolation(state["cfg"].model),
         )
     )
+
+
+def _interpolation(cfg: Any) -> tuple[str, float]:
+    """Returns kind and factor of an interpolation of slopes that holds at the training length."""
+    return cfg.alibi_interpolation, cfg.alibi_interpolation_factor or 1.0
 
 
 def _dictionary_fits(state: dict[str, Any], dictionary: Any, path: str) -> Finding:

@@ -23,6 +23,7 @@ from fairseq.attention.bias import AttentionBias
 from fairseq.evaluation.diagnostics import use_backend
 from fairseq.evaluation.rounding import FLOAT32_TOLERANCE, relative_difference, rounding_error
 from fairseq.positions import PositionMethod, alibi_slopes
+from fairseq.positions.alibi import interpolated
 
 __all__ = ["CHECKS", "FAIL", "PASS", "SKIP", "Finding", "Patient", "examine"]
 
@@ -66,6 +67,7 @@ class Patient:
         is_certain: whether the file tells it.
         train_length: tokens of a training sample.
         bias_max: exponent of the gentlest slope.
+        interpolation: how slopes are interpolated at any length, and the factor.
         expected: features of the tokens, (B, T, D).
         tolerance: the largest difference that rounding makes between computations in float32.
     """
@@ -78,6 +80,7 @@ class Patient:
     is_certain: bool = True
     train_length: int = 64
     bias_max: float = 8.0
+    interpolation: tuple[str, float] = ("none", 1.0)
 
     def __post_init__(self) -> None:
         # At once, not when a check first asks: it may be changing the model at that moment.
@@ -219,7 +222,9 @@ def _check_slopes(patient: Patient) -> Outcome:
     bias = patient.positions.bias()
     if patient.positions.name != "alibi" or bias.is_learned:
         return SKIP, "the method has no slopes that are fixed"
-    wanted = torch.tensor(alibi_slopes(bias.num_heads, patient.bias_max), dtype=torch.float64)
+    kind, factor = patient.interpolation
+    plain = torch.tensor(alibi_slopes(bias.num_heads, patient.bias_max), dtype=torch.float64)
+    wanted = interpolated(plain, factor, kind)
     length = 9
     tokens = patient.tokens[:1, :length]
     x = torch.zeros(1, length, 1, device=tokens.device)
@@ -237,6 +242,8 @@ def _check_slopes(patient: Patient) -> Outcome:
 
 class _ShiftedBackend(AttentionBackend):
     """Another backend that is told later positions."""
+
+    name = "shifted"
 
     def __init__(self, inner: AttentionBackend, shift: int) -> None:
         self._inner = inner

@@ -58,6 +58,12 @@ def test_no_check_fails_for_other_settings(settings):
     assert not failures(tiny_lm(**settings), train_length=32, bias_max=bias_max)
 
 
+def test_slopes_that_are_interpolated_at_every_length():
+    model = tiny_lm(alibi_interpolation="linear", alibi_interpolation_factor=2.0)
+    assert not failures(model, train_length=32, interpolation=("linear", 2.0))
+    assert failures(model, train_length=32) == {"slopes are the method's"}
+
+
 def test_another_method_than_the_stored_one():
     assert failures(tiny_lm("sinusoidal")) == {"stored method is in effect"}
     assert not failures(tiny_lm("sinusoidal"), is_certain=False)
