@@ -16,6 +16,7 @@ __all__ = ["check_matplotlib", "plot_by_position", "plot_extrapolation"]
 # Okabe and Ito's colours, which also the colour-blind tell apart; yellow is too pale for lines.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "os^Dv<>"
+_LINES = ("-", "--", ":", "-.")
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -28,7 +29,8 @@ _STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
 }
-_PANEL_WIDTH, _PANEL_HEIGHT, _DPI = 4.6, 3.4, 200  # inches, inches, pixels per inch
+_PANEL_WIDTH, _PANEL_HEIGHT, _LEGEND_LINE = 4.6, 3.2, 0.2  # inches
+_DPI = 200
 # From this ratio of the largest to the smallest perplexity on, the axis is logarithmic.
 _WIDE_RANGE = 4
 
@@ -56,7 +58,7 @@ def plot_extrapolation(
     path: Path, curves: Mapping[int | str, Sequence[Curve]], *, subtitle: str = ""
 ) -> None:
     """Draws perplexity against the evaluation length, a panel for each stride, a line for each
-    model; a band shows the standard deviation over seeds.
+    model; colours are position methods, a band shows the standard deviation over seeds.
 
     Args:
         path: PNG to write.
@@ -65,12 +67,14 @@ def plot_extrapolation(
     """
     plt = pyplot()
     every = [curve for of_stride in curves.values() for curve in of_stride]
-    looks = {label: i for i, label in enumerate(dict.fromkeys(c.group.label for c in every))}
+    looks = _looks_of(every)
+    num_columns = 2 * len(curves)
+    height = _PANEL_HEIGHT + _LEGEND_LINE * math.ceil(len(looks) / num_columns)
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
             1,
             len(curves),
-            figsize=(_PANEL_WIDTH * len(curves), _PANEL_HEIGHT),
+            figsize=(_PANEL_WIDTH * len(curves), height),
             sharey=True,
             squeeze=False,
             layout="constrained",
@@ -81,14 +85,29 @@ def plot_extrapolation(
             axis.set_xlabel("evaluation length (tokens)")
         means = [mean for curve in every for mean in curve.means]
         if max(means) > _WIDE_RANGE * min(means):
-            _use_log_scale(axes[0][0])
+            _use_log_scale(axes[0][0], max(means) / min(means))
         axes[0][0].set_ylabel("perplexity")
         handles = _one_of_each(axes[0])
-        if len(handles) > 1:
-            figure.legend(handles=handles, loc="outside upper left", ncols=_legend_columns(axes))
-        else:
-            axes[0][0].legend()
+        figure.legend(handles=handles, loc="outside upper left", ncols=num_columns)
         _save(plt, figure, path, subtitle)
+
+
+def _looks_of(curves: Sequence[Curve]) -> dict[str, dict[str, Any]]:
+    """Returns label -> colour and marker of the method, and a line for each model of a method."""
+    methods: dict[str, list[str]] = {}
+    for curve in curves:
+        labels = methods.setdefault(curve.group.position_method, [])
+        if curve.group.label not in labels:
+            labels.append(curve.group.label)
+    return {
+        label: {
+            "color": _COLORS[index % len(_COLORS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linestyle": _LINES[number % len(_LINES)],
+        }
+        for index, labels in enumerate(methods.values())
+        for number, label in enumerate(labels)
+    }
 
 
 def _one_of_each(axes: Sequence[Any]) -> list[Any]:
@@ -100,11 +119,9 @@ def _one_of_each(axes: Sequence[Any]) -> list[Any]:
     return list(found.values())
 
 
-def _legend_columns(axes: Any) -> int:
-    return 2 * int(axes.shape[1])
-
-
-def _draw_curves(axis: Any, curves: Sequence[Curve], looks: Mapping[str, int]) -> None:
+def _draw_curves(
+    axis: Any, curves: Sequence[Curve], looks: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Draws the lines of a panel; each training length is marked, one that all share by a rule."""
     lengths = sorted({length for curve in curves for length in curve.lengths})
     trained = {curve.group.train_length for curve in curves}
@@ -112,17 +129,14 @@ def _draw_curves(axis: Any, curves: Sequence[Curve], looks: Mapping[str, int]) -
     if common is not None:
         _mark_train_length(axis, common)
     for curve in curves:
-        index = looks[curve.group.label]
-        color = _COLORS[index % len(_COLORS)]
-        marker = _MARKERS[index % len(_MARKERS)]
-        name = _legend_name(curve)
-        axis.plot(curve.lengths, curve.means, color=color, marker=marker, label=name, zorder=3)
-        _draw_band(axis, curve.lengths, curve.means, curve.deviations, color)
+        look = looks[curve.group.label]
+        axis.plot(curve.lengths, curve.means, label=_legend_name(curve), zorder=3, **look)
+        _draw_band(axis, curve.lengths, curve.means, curve.deviations, look["color"])
         at_train_length = curve.at(curve.group.train_length or 0)
         if common is None and at_train_length is not None:
             place = [curve.group.train_length], [at_train_length[0]]
-            star = {"marker": "*", "markersize": 13, "markeredgecolor": "white"}
-            axis.plot(*place, color=color, linestyle="none", zorder=4, **star)
+            star = {"marker": "*", "markersize": 11, "markeredgecolor": "white"}
+            axis.plot(*place, color=look["color"], linestyle="none", zorder=4, **star)
     _log_ticks(axis, lengths)
 
 
@@ -168,11 +182,12 @@ def _log_ticks(axis: Any, lengths: Sequence[int]) -> None:
         axis.tick_params(axis="x", labelrotation=45)
 
 
-def _use_log_scale(axis: Any) -> None:
+def _use_log_scale(axis: Any, ratio: float) -> None:
     from matplotlib import ticker
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if ratio < 10 else (1, 2, 5)
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
     axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.yaxis.set_minor_locator(ticker.NullLocator())
 

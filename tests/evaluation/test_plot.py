@@ -71,6 +71,10 @@ def test_each_training_length_is_marked_on_its_line(tmp_path, figures):
     plot.plot_extrapolation(tmp_path / "a.png", curves)
     (axis,) = figures[0].axes
     assert axis.get_yscale() == "linear"
+    lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
+    # One method, one colour; its models have lines of their own.
+    assert lines[0].get_color() == lines[1].get_color()
+    assert [line.get_linestyle() for line in lines] == ["-", "--"]
     stars = [line for line in axis.get_lines() if line.get_marker() == "*"]
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in stars] == [
         (64, 10.0),
