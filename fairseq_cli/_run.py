@@ -107,14 +107,34 @@ def _on_terminate(number: int, frame: Any) -> None:
     sys.exit(128 + number)
 
 
+def _is_ours() -> bool:
+    return signal.getsignal(signal.SIGTERM) is _on_terminate
+
+
+def _hold_terminate() -> None:
+    """Keeps SIGTERM waiting during a fork: the child would forget one that comes too early."""
+    if _is_ours():
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _release_terminate() -> None:
+    if _is_ours():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def _forget_handler() -> None:
     """Lets SIGTERM end a forked process at once, whatever it waits for."""
-    if signal.getsignal(signal.SIGTERM) is _on_terminate:
+    if _is_ours():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_handler)
+    os.register_at_fork(
+        before=_hold_terminate,
+        after_in_parent=_release_terminate,
+        after_in_child=_forget_handler,
+    )
 
 
 def _leave(code: int) -> None:

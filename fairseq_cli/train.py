@@ -144,7 +144,9 @@ def _build(cfg: Any) -> tuple[Any, Any, Any]:
     logger.info(f"model: {type(model).__name__}")
     logger.info(f"criterion: {type(criterion).__name__}")
     logger.info(f"position method: {getattr(cfg.model, 'position_method', None)}")
-    logger.info(f"document mask: {getattr(cfg.model, 'document_mask', None) or 'none'}")
+    document_mask = getattr(cfg.model, "document_mask", None)
+    if document_mask not in (None, "none"):
+        logger.info(f"document mask: {document_mask}")
     for kind, params in _parameters_by_kind(model).items():
         total = sum(p.numel() for p in params)
         trained = sum(p.numel() for p in params if p.requires_grad)
