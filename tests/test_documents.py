@@ -39,6 +39,7 @@ def test_the_readme_s_commands_parse(words, monkeypatch):
         "fairseq-train": options.get_training_parser,
         "python": options.get_training_parser,
         "fairseq-eval-lm": options.get_eval_lm_parser,
+        "fairseq-extrapolate": options.get_extrapolate_parser,
     }
     parser = parsers[words[0]]()
     arguments = words[2:] if words[0] == "python" else words[1:]
