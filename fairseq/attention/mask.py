@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 
 from fairseq.attention.bias import AttentionBias, Positions
@@ -30,7 +31,7 @@ def join(
     is_allowed = rule.is_allowed(query_positions, key_positions, device=device)
     if is_allowed is not None:
         is_hidden = is_allowed.logical_not_()
-        has_room = torch.broadcast_shapes(mask.shape, is_hidden.shape) == mask.shape
+        has_room = np.broadcast_shapes(mask.shape, is_hidden.shape) == mask.shape
         if has_room and not bias.is_learned:
             mask.masked_fill_(is_hidden, -torch.inf)
         else:

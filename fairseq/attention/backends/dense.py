@@ -104,10 +104,13 @@ def _of_heads(
 
 
 def _is_square(query_positions: Positions, key_positions: Positions) -> bool:
-    """Tells whether queries and keys are the same successive positions, known without data."""
+    """Tells whether queries and keys are the positions 0, 1, ..., known without data.
+
+    Only these are what the kept mask is made for: not every bias is relative.
+    """
     if not (isinstance(query_positions, range) and isinstance(key_positions, range)):
         return False
-    return query_positions == key_positions and query_positions.step == 1
+    return query_positions == key_positions == range(len(query_positions))
 
 
 def _see_themselves(queries: Positions, keys: Positions) -> bool:
