@@ -377,8 +377,15 @@ def _spelled_as_before(argument: str) -> str:
 
 
 def _lenient(parser: CommandParser, argv: list[str]) -> argparse.Namespace:
-    """Parses what is known so far; `--help` must wait until all options are there."""
-    return parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    """Parses what is known so far; `--help` and what is missing must wait for all options."""
+    required = [action for action in parser._actions if action.required]
+    for action in required:
+        action.required = False
+    try:
+        return parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    finally:
+        for action in required:
+            action.required = True
 
 
 def _unrecognized(parser: CommandParser, unknown: list[str]) -> str:

@@ -131,3 +131,23 @@ def test_a_plug_in_s_names_and_options(tmp_path, monkeypatch):
         "--criterion criterion_of_plug_in --sharpness 4"
     )
     assert (args.sharpness, args.decoder_layers) == (4.0, 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        options.get_preprocessing_parser,
+        options.get_training_parser,
+        options.get_eval_lm_parser,
+        options.get_validation_parser,
+        options.get_extrapolate_parser,
+        options.get_diagnose_parser,
+        options.get_doctor_parser,
+    ],
+)
+def test_help_needs_nothing_else(make, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["command", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        options.parse_args_and_arch(make(), ["--help"])
+    assert stopped.value.code == 0
+    assert "usage: command" in capsys.readouterr().out
