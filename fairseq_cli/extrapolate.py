@@ -328,7 +328,9 @@ class _Sweep:
         return rows
 
     def _plot(self, rows: Sequence[Row]) -> None:
-        subtitle = f"{self.args.data}, {self.args.gen_subset}, {rows[0].tokens:,} tokens"
+        # The folder's name without the way to it, which is nobody's business in a picture.
+        data = Path(split_paths(self.args.data)[0]).resolve().name
+        subtitle = f"{data}, {self.args.gen_subset}, {rows[0].tokens:,} tokens"
         curves = report.curves_of(self.groups, rows)
         has_seeds = any(len(group.checkpoints) > 1 for group in self.groups)
         plot.plot_extrapolation(
