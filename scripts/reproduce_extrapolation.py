@@ -131,8 +131,7 @@ def sweep(
     demo.run(
         f"fairseq-extrapolate {shlex.quote(str(data))} --path {shlex.quote(paths)} "
         f"--gen-subset test --results-path {shlex.quote(str(results))} --max-tokens 8192 --cpu "
-        + more,
-        quiet=True,
+        + more
     )
     return json.loads((results / "report.json").read_text())
 
