@@ -25,12 +25,6 @@ __all__ = ["checkpoint_content", "gather", "restore"]
 logger = logging.getLogger("fairseq.trainer")
 
 _MOST_NAMES = 5
-_SCALER_COUNTERS = (
-    "_iter",
-    "_last_overflow_iter",
-    "_last_rescale_iter",
-    "_overflows_since_rescale",
-)
 
 State = dict[str, Any]
 
@@ -112,7 +106,7 @@ def _exact_half_precision(trainer: Trainer) -> State:
         kept["fp32_masters"] = masters
     scaler = getattr(trainer.optimizer, "scaler", None)
     if scaler is not None:
-        kept["loss_scaler"] = {name: getattr(scaler, name) for name in _SCALER_COUNTERS}
+        kept["loss_scaler"] = scaler.state_dict()
     return kept
 
 
@@ -282,9 +276,8 @@ def _load_half_precision(trainer: Trainer, kept: Mapping[str, Any]) -> None:
     if kept.get("fp32_masters") is not None:
         trainer.optimizer.load_master_state(kept["fp32_masters"])
     scaler = getattr(trainer.optimizer, "scaler", None)
-    for name, value in (kept.get("loss_scaler") or {}).items():
-        if scaler is not None and name in _SCALER_COUNTERS:
-            setattr(scaler, name, value)
+    if scaler is not None and kept.get("loss_scaler"):
+        scaler.load_state_dict(kept["loss_scaler"])
 
 
 def _load_progress(trainer: Trainer, extra_state: State, reset_meters: bool) -> None:
