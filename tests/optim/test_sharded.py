@@ -50,4 +50,6 @@ def work(rank, init_file):
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
 def test_sharded_parameters(tmp_path):
-    mp.spawn(work, (str(tmp_path / "init"),), nprocs=2)
+    # Forked processes end at once. Spawned ones finalize the interpreter first, and a thread of
+    # gloo that still lets go of a tensor by then aborts the process.
+    mp.start_processes(work, (str(tmp_path / "init"),), nprocs=2, start_method="forkserver")
