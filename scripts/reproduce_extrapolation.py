@@ -136,6 +136,18 @@ def sweep(
     return json.loads((results / "report.json").read_text())
 
 
+def interpolated(options: argparse.Namespace, data: Path, kind: str) -> list:
+    """Evaluates every ALiBi model with flatter slopes at 2, 4 and 8 times its length."""
+    rows = []
+    overrides = shlex.quote(repr({"alibi_interpolation": kind}))
+    for length in options.lengths:
+        models = [folder_of(options, "alibi", length, seed) for seed in options.seeds]
+        evals = ",".join(str(length * factor) for factor in (2, 4, 8))
+        more = f"--lengths {evals} --model-overrides {overrides}"
+        rows += sweep(options, data, f"{kind}-L{length}", models, more)
+    return rows
+
+
 def mean_and_spread(values: list[float]) -> str:
     """Returns 'mean +- standard deviation' (n - 1)."""
     if len(values) == 1:
@@ -185,7 +197,9 @@ def claim(text: str, holds: bool, measured: str) -> str:
     return f"| {text} | {'yes' if holds else '**no**'} | {measured} |"
 
 
-def claims(rows: list[dict], sliding: list[dict], scaled: list[dict], costs: list[dict]) -> list:
+def claims(
+    rows: list[dict], sliding: list[dict], scaled: dict[str, list[dict]], costs: list[dict]
+) -> list[str]:
     """Tests what the paper says against what was measured."""
     lines = ["| claim | holds here | measured |", "|---|---|---|"]
     last = max(FACTORS)
@@ -201,7 +215,7 @@ def claims(rows: list[dict], sliding: list[dict], scaled: list[dict], costs: lis
     lines += [
         _cheaper(rows, costs),
         _early_token_curse(rows, sliding),
-        _interpolation(rows, scaled),
+        *_interpolation(rows, scaled),
     ]
     return [line for line in lines if line]
 
@@ -260,25 +274,33 @@ def _early_token_curse(rows: list[dict], sliding: list[dict]) -> str:
     )
 
 
-def _interpolation(rows: list[dict], scaled: list[dict]) -> str:
-    """Does linear interpolation of the slopes help beyond the training length?"""
+def _interpolation(rows: list[dict], scaled: dict[str, list[dict]]) -> list[str]:
+    """Do flatter slopes without retraining help beyond the training length?"""
     plain = {
         (row["checkpoint"], row["eval_length"]): row["perplexity"]
         for row in rows
         if row["context_window"] == 0
     }
-    found = [
-        row["perplexity"] / plain[row["checkpoint"], row["eval_length"]]
-        for row in scaled
-        if row["eval_length"] > row["train_length"]
-    ]
-    if not found:
-        return ""
-    return claim(
-        "interpolating the slopes (linear, no retraining) helps beyond the training length",
-        statistics.mean(found) < 1,
-        f"perplexity times {min(found):.3f} to {max(found):.3f}",
-    )
+    lines = []
+    for kind, others in scaled.items():
+        found = defaultdict(list)
+        for row in others:
+            factor = row["eval_length"] // row["train_length"]
+            before = plain[row["checkpoint"], row["eval_length"]]
+            found[factor].append(row["perplexity"] / before)
+        by_factor = ", ".join(
+            f"{min(ratio):.3f} to {max(ratio):.3f} at {factor} times"
+            for factor, ratio in sorted(found.items())
+        )
+        lines.append(
+            claim(
+                f"interpolating the slopes ({kind}, no retraining) helps beyond the training "
+                "length",
+                all(statistics.mean(ratio) < 1 for ratio in found.values()),
+                f"perplexity times {by_factor}",
+            )
+        )
+    return lines
 
 
 def commit() -> str:
@@ -311,7 +333,6 @@ def main() -> None:
     options = parser.parse_args()
     options.methods = options.methods.split(",")
     options.folder = options.out.resolve()
-    began = time.monotonic()
     data = demo.prepare(options, options.folder)
     costs = train_all(options, data)
     rows, shortest = [], min(options.lengths)
@@ -324,23 +345,20 @@ def main() -> None:
         evals = ",".join(str(length * factor) for factor in FACTORS)
         rows += sweep(options, data, f"sweep-L{length}", models, f"--lengths {evals}")
     sliding: list[dict] = []
-    scaled: list[dict] = []
+    scaled: dict[str, list[dict]] = {}
     if "alibi" in options.methods:
-        alibi = [folder_of(options, "alibi", shortest, options.seeds[0])]
+        first = [folder_of(options, "alibi", shortest, options.seeds[0])]
         evals = ",".join(str(shortest * factor) for factor in (1, 2, 4))
-        sliding = sweep(options, data, "sliding", alibi, f"--lengths {evals} --strides 8")
-        overrides = shlex.quote("{'alibi_interpolation': 'linear'}")
-        evals = ",".join(str(shortest * factor) for factor in (1, 2, 4, 8))
-        more = f"--lengths {evals} --model-overrides {overrides}"
-        scaled = sweep(options, data, "interpolated", alibi, more)
-    minutes = (time.monotonic() - began) / 60
+        sliding = sweep(options, data, "sliding", first, f"--lengths {evals} --strides 8")
+        for kind in ("linear", "ntk"):
+            scaled[kind] = interpolated(options, data, kind)
     report = [
         "# Results: perplexity beyond the training length",
         "",
         f"{datetime.date.today()}, commit {commit()}, {platform.machine()} with "
         f"{os.cpu_count()} cores, one core for each training "
         f"({statistics.median(c['cpu_s'] for c in costs):.0f} s of processor time in the median, "
-        f"{max(c['cpu_s'] for c in costs):.0f} s at most), {minutes:.0f} min in all. Command:",
+        f"{max(c['cpu_s'] for c in costs):.0f} s at most). Command:",
         "",
         "```bash",
         "bash scripts/reproduce_extrapolation.sh " + shlex.join(sys.argv[1:]),
