@@ -53,7 +53,7 @@ def _is_for_the_user(error: BaseException) -> bool:
     innermost = frames[-1]
     is_ours = any(
         _OURS / package in Path(innermost.filename).resolve().parents
-        for package in ("fairseq", "fairseq_cli")
+        for package in ("fairseq", "fairseq_cli", "scripts", "examples")
     )
     return is_ours and (innermost.line or "").lstrip().startswith("raise")
 
