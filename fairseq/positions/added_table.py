@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fairseq.attention import Positions
+from fairseq.attention.coordinates import at_columns
 from fairseq.positions.base import PositionMethod, Surroundings, table_rows
 
 __all__ = ["AddedTable"]
@@ -30,7 +32,13 @@ class AddedTable(PositionMethod):
         self._padding_idx = model.padding_idx
 
     def embed(
-        self, x: torch.Tensor, tokens: torch.Tensor, documents: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        tokens: torch.Tensor,
+        documents: torch.Tensor | None = None,
+        columns: Positions | None = None,
     ) -> torch.Tensor:
-        rows = table_rows(tokens, self._padding_idx, documents)[:, -x.size(1) :]  # (B, T)
+        num_tokens = tokens.size(1)
+        columns = range(num_tokens - x.size(1), num_tokens) if columns is None else columns
+        rows = at_columns(table_rows(tokens, self._padding_idx, documents), columns)  # (B, T)
         return x + self._table.lookup(rows).to(x.dtype)

@@ -76,14 +76,19 @@ class PositionMethod:
         self._bias: AttentionBias = ZeroBias(model.num_heads)
 
     def embed(
-        self, x: torch.Tensor, tokens: torch.Tensor, documents: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        tokens: torch.Tensor,
+        documents: torch.Tensor | None = None,
+        columns: Positions | None = None,
     ) -> torch.Tensor:
         """Adds to the token embeddings.
 
         Args:
-            x: embeddings of the last T tokens, (B, T, D).
+            x: embeddings of T tokens, (B, T, D).
             tokens: ids of all tokens so far, (B, S).
             documents: numbers of the documents at whose starts positions restart, (B, S).
+            columns: the columns of those T among the S; None is the last ones.
         """
         return x
 

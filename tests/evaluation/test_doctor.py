@@ -133,8 +133,8 @@ def test_embeddings_and_rotations_that_never_arrive():
         assert {"method changes the output", "order comes from the method"} <= found, method
 
 
-def _embed_without_positions(decoder, tokens, num_cached=0):
-    return decoder.embed_scale * decoder.embed_tokens(tokens[:, num_cached:])
+def _embed_without_positions(decoder, tokens, columns):
+    return decoder.embed_scale * decoder.embed_tokens(tokens[:, columns.start : columns.stop])
 
 
 def _prepare_without_rotation(decoder, prepare, *args, **options):
@@ -215,7 +215,7 @@ def test_positions_that_count_padding():
     model = tiny_lm("sinusoidal")
     channel = torch.eye(32)[0]
 
-    def embed(x, tokens, documents=None):
+    def embed(x, tokens, documents=None, columns=None):
         columns = torch.arange(tokens.size(1) - x.size(1), tokens.size(1))
         return x + (columns.sin().view(1, -1, 1) * channel).to(x.dtype)
 

@@ -406,3 +406,30 @@ def test_other_dtypes(make, dtype):
 def test_an_encoder_s_output_is_refused():
     with pytest.raises(ValueError, match="attends to no encoder"):
         tiny_gpt()(tokens_of(1, 3), encoder_out={})
+
+
+@pytest.mark.parametrize("columns", [range(3, 7), torch.tensor([1, 2, 7, 8])])
+@pytest.mark.parametrize("method", ["learned", "sinusoidal", "rotary", "fire"])
+def test_some_columns_stand_where_they_stand_in_the_whole_row(method, columns):
+    decoder = tiny_gpt(position_method=method, document_mask="line").eval().decoder
+    tokens = tokens_of(2, 9)
+    tokens[0, 4] = decoder.dictionary.eos()
+    tokens[1, :2] = 1
+    which = torch.as_tensor(list(columns))
+    whole = decoder.embed(tokens)
+    part = decoder.embed(tokens, columns)
+    assert torch.equal(part, whole[:, which])
+    all_of_it = decoder.prepare_attention(whole, tokens)
+    some_of_it = decoder.prepare_attention(part, tokens, columns)
+    wide = all_of_it.mask.expand(2, 4, 9, 9)
+    sees_a_key = tokens[:, which].ne(1).view(2, 1, 4, 1)  # what is blind has some key open
+    found = some_of_it.mask.expand(2, 4, 4, 9).where(sees_a_key, 0.0)
+    assert torch.equal(found, wide[:, :, which].where(sees_a_key, 0.0))
+    q = torch.randn(2, 4, 9, 8)
+    turned, _ = all_of_it.rotate(q, q)
+    assert torch.equal(some_of_it.rotate(q[:, :, which], q[:, :, which])[0], turned[:, :, which])
+
+
+def test_columns_in_incremental_decoding_are_refused():
+    with pytest.raises(ValueError, match="leave one of them out"):
+        tiny_gpt()(tokens_of(1, 3), incremental_state={}, columns=range(2))

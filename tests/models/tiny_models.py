@@ -26,6 +26,9 @@ class Words:
     def pad(self) -> int:
         return 1
 
+    def eos(self) -> int:
+        return 2
+
 
 class Task:
     def __init__(self, vocab_size: int) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from fairseq.attention import BIDIRECTIONAL, CAUSAL, AttentionRule, Positions, Prepared, get_backend
 from fairseq.attention.backends.dense import DenseBackend
 from fairseq.attention.backends.reference import ReferenceBackend
+from fairseq.attention.coordinates import at_columns
 from fairseq.models import upgrade
 from fairseq.models.base import FairseqIncrementalDecoder
 from fairseq.modules import (
@@ -156,6 +157,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         src_lengths: torch.Tensor | None = None,
         return_all_hiddens: bool = False,
         sequence_length: int | None = None,
+        columns: Positions | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Computes the output for the new tokens.
 
@@ -171,14 +173,16 @@ class TransformerDecoder(FairseqIncrementalDecoder):
                 the most new ones, for position methods that adapt to it. With an incremental state
                 the first call settles it, since keys are cached. None is the attribute of that
                 name, or else the length of the input.
+            columns: the T columns that this worker computes, where a sequence is cut over several
+                and the attention backend brings them together; None is all of them.
 
         Returns:
             (logits (B, T, V), or features (B, T, D) if asked for or if there is an adaptive
             softmax; {"attn": [None], "inner_states": [(B, T, D), ...]}).
 
         Raises:
-            ValueError: an encoder's output is given, no token is new, or the sequence length is not
-                that of the first call.
+            ValueError: an encoder's output is given, no token is new, the sequence length is not
+                that of the first call, or columns are given with an incremental state.
         """
         if encoder_out is not None:
             raise ValueError("encoder_out is given, but a language model attends to no encoder")
@@ -188,6 +192,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             full_context_alignment=full_context_alignment,
             return_all_hiddens=return_all_hiddens,
             sequence_length=sequence_length,
+            columns=columns,
         )
         return (features if features_only else self.output_layer(features)), extra
 
@@ -200,15 +205,17 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         src_lengths: torch.Tensor | None = None,
         return_all_hiddens: bool = False,
         sequence_length: int | None = None,
+        columns: Positions | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Computes what the output layer reads; see `forward`."""
+        if columns is not None and incremental_state is not None:
+            raise ValueError("columns are given with an incremental state; leave one of them out")
         num_cached = self._num_cached(prev_output_tokens, incremental_state)
-        x = self.embed(prev_output_tokens, num_cached)  # (B, T, D)
+        new = range(num_cached, prev_output_tokens.size(1)) if columns is None else columns
+        x = self.embed(prev_output_tokens, new)  # (B, T, D)
         rule = BIDIRECTIONAL if full_context_alignment else CAUSAL
         length = self._sequence_length(prev_output_tokens, incremental_state, sequence_length)
-        prepared = self.prepare_attention(
-            x, prev_output_tokens, num_cached, rule, sequence_length=length
-        )
+        prepared = self.prepare_attention(x, prev_output_tokens, new, rule, sequence_length=length)
         inner_states = [x] if return_all_hiddens else []
         for layer in self.layers:
             x = layer(x, prepared, incremental_state)
@@ -220,13 +227,14 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             x = self.project_out_dim(x)
         return x, {"attn": [None], "inner_states": inner_states}
 
-    def embed(self, tokens: torch.Tensor, num_cached: int = 0) -> torch.Tensor:
-        """Embeds the tokens (B, S) from column `num_cached` on, as (B, T, D)."""
-        x = self.embed_scale * self.embed_tokens(tokens[:, num_cached:])
+    def embed(self, tokens: torch.Tensor, columns: Positions | None = None) -> torch.Tensor:
+        """Embeds T columns, by default all, of the tokens (B, S), as (B, T, D)."""
+        columns = range(tokens.size(1)) if columns is None else columns
+        x = self.embed_scale * self.embed_tokens(at_columns(tokens, columns))
         if self.project_in_dim is not None:
             x = self.project_in_dim(x)
         documents = self.document_numbers(tokens) if self.positions.uses_table else None
-        x = self.positions.embed(x, tokens, documents)
+        x = self.positions.embed(x, tokens, documents, columns)
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
         return self.dropout_module(x)
@@ -235,7 +243,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         self,
         x: torch.Tensor,
         tokens: torch.Tensor,
-        num_cached: int = 0,
+        new: Positions | None = None,
         rule: AttentionRule = CAUSAL,
         *,
         sequence_length: int | None = None,
@@ -245,7 +253,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         Args:
             x: embeddings of the new tokens, (B, T, D).
             tokens: ids of all tokens so far, (B, S).
-            num_cached: tokens of earlier calls, S - T.
+            new: columns of the new tokens; None is all of them.
             rule: who may see whom.
             sequence_length: see `forward`; None is no longer than in training.
         """
@@ -253,6 +261,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         has_padding = bool(is_padding.any())
         documents = self.document_numbers(tokens)  # (B, S)
         columns = range(tokens.size(1))
+        new = columns if new is None else new
         places: Positions = columns
         if documents is not None or (has_padding and not self.positions.is_relative):
             rows = table_rows(tokens, self.padding_idx, documents)  # (B, S)
@@ -261,18 +270,18 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         positions = columns if self.positions.is_relative else places
         prepared = self.backend.prepare(
             self.positions.bias(sequence_length),
-            _from(positions, num_cached),
+            at_columns(positions, new),
             positions,
             rule=rule,
             key_is_padding=is_padding if has_padding else None,
-            query_documents=None if documents is None else documents[:, num_cached:],
+            query_documents=None if documents is None else at_columns(documents, new),
             key_documents=documents,
             dtype=x.dtype,
             device=x.device,
         )
         prepared.rotate = functools.partial(
             self.positions.rotate,
-            positions=_from(places, num_cached),
+            positions=at_columns(places, new),
             sequence_length=sequence_length,
         )
         return prepared
@@ -383,8 +392,3 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         if version is None or float(version.reshape(-1)[0]) <= 2:
             self.layer_norm = None
             state_dict[f"{name}.version"] = torch.ones(1)
-
-
-def _from(positions: Positions, start: int) -> Positions:
-    """Returns the positions of the columns from `start` on."""
-    return positions[start:] if isinstance(positions, range) else positions[:, start:]
