@@ -15,6 +15,7 @@ from fairseq.attention.bidirectional import (
 from fairseq.attention.coordinates import Positions
 from fairseq.attention.functional import attend
 from fairseq.attention.mask import FutureMaskBuffer
+from fairseq.attention.partial import Part, attend_with_lse, merge_parts
 from fairseq.attention.repositioned import ChunkBias, CrossBias
 from fairseq.attention.rules import (
     BIDIRECTIONAL,
@@ -37,6 +38,7 @@ __all__ = [
     "FutureMaskBuffer",
     "LinearBias",
     "MaskRule",
+    "Part",
     "Positions",
     "PrefixBias",
     "PrefixRule",
@@ -47,5 +49,7 @@ __all__ = [
     "TwoSlopeBias",
     "ZeroBias",
     "attend",
+    "attend_with_lse",
     "get_backend",
+    "merge_parts",
 ]
