@@ -296,10 +296,9 @@ BPES = Registry(
 )
 SCORERS = Registry(
     "scoring",
-    {},
-    unsupported=dict.fromkeys(
-        ("bleu", "chrf", "sacrebleu", "wer"), "scores belong to translation, not language models"
-    ),
+    _table("fairseq.scoring", "bleu", "chrf", sacrebleu="bleu"),
+    base_class="fairseq.scoring.base:BaseScorer",
+    unsupported={"wer": "it is a score of speech recognition; use bleu, sacrebleu or chrf"},
     default="bleu",
 )
 SIMUL_TYPES = Registry(

@@ -6,9 +6,19 @@ from functools import partial
 
 from fairseq_cli._run import start
 
-__all__ = ["diagnose", "doctor", "eval_lm", "extrapolate", "preprocess", "train", "validate"]
+__all__ = [
+    "diagnose",
+    "doctor",
+    "eval_lm",
+    "extrapolate",
+    "preprocess",
+    "score",
+    "train",
+    "validate",
+]
 
 preprocess = partial(start, "preprocess")
+score = partial(start, "score")
 train = partial(start, "train")
 eval_lm = partial(start, "eval_lm")
 validate = partial(start, "validate")
