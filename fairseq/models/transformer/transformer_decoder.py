@@ -150,7 +150,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
     def forward(  # type: ignore[override]
         self,
         prev_output_tokens: torch.Tensor,
-        encoder_out: None = None,
+        encoder_out: Any = None,
         incremental_state: IncrementalState | None = None,
         features_only: bool = False,
         full_context_alignment: bool = False,
@@ -163,7 +163,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
 
         Args:
             prev_output_tokens: ids of all tokens so far, (B, S).
-            encoder_out: has to be None; this decoder attends to no encoder.
+            encoder_out: what the encoder returned; None for a decoder that attends to no encoder.
             incremental_state: keys and values of the tokens of earlier calls; `{}` at first.
             features_only: leave out the output layer.
             full_context_alignment: let every token see those after it.
@@ -184,10 +184,9 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             ValueError: an encoder's output is given, no token is new, the sequence length is not
                 that of the first call, or columns are given with an incremental state.
         """
-        if encoder_out is not None:
-            raise ValueError("encoder_out is given, but a language model attends to no encoder")
         features, extra = self.extract_features(
             prev_output_tokens,
+            encoder_out,
             incremental_state=incremental_state,
             full_context_alignment=full_context_alignment,
             return_all_hiddens=return_all_hiddens,
@@ -199,7 +198,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
     def extract_features(  # type: ignore[override]
         self,
         prev_output_tokens: torch.Tensor,
-        encoder_out: None = None,
+        encoder_out: Any = None,
         incremental_state: IncrementalState | None = None,
         full_context_alignment: bool = False,
         src_lengths: torch.Tensor | None = None,
@@ -216,9 +215,10 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         rule = BIDIRECTIONAL if full_context_alignment else CAUSAL
         length = self._sequence_length(prev_output_tokens, incremental_state, sequence_length)
         prepared = self.prepare_attention(x, prev_output_tokens, new, rule, sequence_length=length)
+        memory = self.prepare_memory(x, prev_output_tokens, new, encoder_out)
         inner_states = [x] if return_all_hiddens else []
         for layer in self.layers:
-            x = layer(x, prepared, incremental_state)
+            x = layer(x, prepared, incremental_state, *memory)
             if return_all_hiddens:
                 inner_states.append(x)
         if self.layer_norm is not None:
@@ -285,6 +285,27 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             sequence_length=sequence_length,
         )
         return prepared
+
+    def prepare_memory(
+        self, x: torch.Tensor, tokens: torch.Tensor, new: Positions, encoder_out: Any
+    ) -> tuple[Any, ...]:
+        """Makes, once for all layers, what they attend to beside the tokens so far: here nothing.
+
+        Args:
+            x: embeddings of the new tokens, (B, T, D).
+            tokens: ids of all tokens so far, (B, S).
+            new: columns of the new tokens.
+            encoder_out: what the encoder returned.
+
+        Returns:
+            Further arguments of every layer.
+
+        Raises:
+            ValueError: an encoder's output is given.
+        """
+        if encoder_out is not None:
+            raise ValueError("encoder_out is given, but a language model attends to no encoder")
+        return ()
 
     def document_numbers(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Returns which document each token so far (B, S) belongs to; None if all are one."""
