@@ -59,7 +59,7 @@ class Trainer:
         self.half_type = reports.settle_precision(cfg, self.cuda)
         self._check_sharding(criterion)
         self._criterion: Any = self._prepare(criterion)
-        self._model: Any = self._prepare(model)
+        self._model: Any = self._cut(self._prepare(model))
         reports.log_shared_parameters(model)
 
         self._wrapped: dict[str, nn.Module] = {}
@@ -76,7 +76,7 @@ class Trainer:
         self.best_of_patience: float | None = None
 
         self._statistics = StatisticsSum(
-            self.data_parallel_process_group,
+            self.gradient_process_group,
             self.device,
             summable=self._outputs_can_be_summed(),
             max_size=cfg.common.all_gather_list_size,
@@ -110,14 +110,35 @@ class Trainer:
         return distributed_utils.get_data_parallel_rank()
 
     @property
+    def gradient_process_group(self) -> Any:
+        """The workers whose gradients are summed: of other batches, or parts of sequences."""
+        return distributed_utils.get_gradient_group()
+
+    @property
+    def gradient_world_size(self) -> int:
+        """Number of workers whose gradients are summed."""
+        return distributed_utils.get_world_size(self.gradient_process_group)
+
+    @property
     def is_data_parallel_master(self) -> bool:
-        """Whether this worker speaks for the others."""
-        return self.data_parallel_rank == 0
+        """Whether this worker speaks for all others."""
+        return distributed_utils.get_rank(distributed_utils.get_global_group()) == 0
 
     @property
     def is_fsdp(self) -> bool:
-        """Whether parameters are cut over the workers."""
-        return is_fully_sharded(self.cfg.distributed_training) and self.data_parallel_world_size > 1
+        """Whether parameters are cut over the workers whose gradients are summed."""
+        return is_fully_sharded(self.cfg.distributed_training) and self.gradient_world_size > 1
+
+    @property
+    def tensor_parallel_group(self) -> Any:
+        """The workers that share the weights of a copy of the model; None if there are none."""
+        mesh = distributed_utils.get_mesh()
+        return None if mesh is None else mesh.group("tp")
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether parameters are cut over any workers."""
+        return self.is_fsdp or self.tensor_parallel_group is not None
 
     @property
     def should_save_checkpoint_on_current_rank(self) -> bool:
@@ -127,7 +148,7 @@ class Trainer:
     @property
     def always_call_state_dict_during_save_checkpoint(self) -> bool:
         """Whether every worker must take part in making a checkpoint."""
-        return self.is_fsdp
+        return self.is_cut
 
     @property
     def checkpoint_suffix(self) -> str:
@@ -137,11 +158,26 @@ class Trainer:
     # ---- model, criterion, optimizer, schedule ----
 
     def _check_sharding(self, criterion: nn.Module) -> None:
-        if self.is_fsdp and (_has_parameters(criterion) or self.cfg.ema.store_ema):
+        if self.is_cut and (_has_parameters(criterion) or self.cfg.ema.store_ema):
             what = "--store-ema" if self.cfg.ema.store_ema else "a criterion with parameters"
             raise ValueError(
-                f"{what} does not work with --ddp-backend fully_sharded; use legacy_ddp or c10d"
+                f"{what} does not work with --ddp-backend fully_sharded, --data-parallel fsdp2 or "
+                "--tensor-parallel-size; use --ddp-backend legacy_ddp or c10d alone"
             )
+        if self.is_cut and not self.is_fsdp and self.half_type is not None:
+            raise ValueError(
+                "--tensor-parallel-size with half precision needs float32 shards; add "
+                "--data-parallel fsdp2 (and processes for it), or leave out --fp16 and --bf16"
+            )
+
+    def _cut(self, model: nn.Module) -> nn.Module:
+        """Cuts the model's weights over the workers that share a copy of it."""
+        mesh = distributed_utils.get_mesh()
+        if mesh is not None and mesh.group("tp") is not None:
+            from fairseq.model_parallel.tensor_parallel import apply_tensor_parallel
+
+            apply_tensor_parallel(model, mesh.submesh("tp"))
+        return model
 
     def _prepare(self, module: nn.Module) -> nn.Module:
         """Moves a module to the device; converts it, unless sharding will do that."""
@@ -175,7 +211,7 @@ class Trainer:
         return self._wrapped["criterion"]
 
     def _wrap(self, module: nn.Module) -> nn.Module:
-        if self.data_parallel_world_size == 1:
+        if self.gradient_world_size == 1:
             return module
         options: dict[str, Any] = {}
         if self.is_fsdp:
@@ -184,7 +220,7 @@ class Trainer:
         return DistributedFairseqModel(
             self.cfg.distributed_training,
             module,
-            self.data_parallel_process_group,
+            self.gradient_process_group,
             self.device,
             **options,
         )
@@ -207,6 +243,10 @@ class Trainer:
         """Makes optimizer and schedule afresh."""
         modules = chain(self.model.parameters(), self.criterion.parameters())
         params = [param for param in modules if param.requires_grad]
+        if self.tensor_parallel_group is not None:
+            from fairseq.model_parallel.tensor_parallel import mark_copies
+
+            mark_copies(params)
         self._optimizer = self._optimizer_for(params)
         # At once, so that the first rate is the schedule's.
         self._lr_scheduler = build_lr_scheduler(self.cfg.lr_scheduler, self._optimizer)
@@ -238,7 +278,7 @@ class Trainer:
 
     def consolidate_optimizer(self) -> None:
         """Puts sharded parameters and optimizer state together; every worker must call it."""
-        if self.is_fsdp:
+        if self.is_cut:
             self._gathered = trainer_state.gather(self)
 
     def state_dict(self) -> dict[str, Any]:
@@ -433,15 +473,15 @@ class Trainer:
 
     def _train_step(self, samples: list[Any], raise_oom: bool) -> Mapping[str, Any] | None:
         outputs, sample_size, ooms = self._accumulate_gradients(samples, raise_oom)
-        if ooms and self.data_parallel_world_size == 1:
+        if ooms and self.gradient_world_size == 1:
             return None
         outputs, counts = self._statistics(
             outputs,
             {"sample_size": sample_size, "ooms": ooms, "time": self._local_training_time()},
         )
-        if self.data_parallel_world_size > 1:
-            self._cumulative_training_time = counts["time"] / self.data_parallel_world_size
-        if counts["ooms"] >= self.data_parallel_world_size:
+        if self.gradient_world_size > 1:
+            self._cumulative_training_time = counts["time"] / self.gradient_world_size
+        if counts["ooms"] >= self.gradient_world_size:
             logger.warning("out of memory on every worker, no update is done")
             self.zero_grad()
             return None
@@ -498,13 +538,15 @@ class Trainer:
 
     def _without_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Keeps gradients on this worker until the last micro-batch, where the wrapper can."""
-        can = self.data_parallel_world_size > 1 and hasattr(self.model, "no_sync")
+        can = self.gradient_world_size > 1 and hasattr(self.model, "no_sync")
         return self.model.no_sync() if can else contextlib.nullcontext()
 
     def _may_skip_batches(self) -> bool:
         """Whether this worker can leave a backward pass out without stopping the others."""
+        if self.tensor_parallel_group is not None:
+            return False
         backend = self.cfg.distributed_training.ddp_backend
-        return self.data_parallel_world_size == 1 or backend in ("legacy_ddp", "no_c10d")
+        return self.gradient_world_size == 1 or backend in ("legacy_ddp", "no_c10d")
 
     def _recover_from_oom(self, error: Exception) -> None:
         self._log_oom(error)
@@ -525,9 +567,9 @@ class Trainer:
             if self.criterion is not self._criterion:
                 self.optimizer.all_reduce_grads(self.criterion)
             # Gradients are means over workers of sums over tokens.
-            self.optimizer.multiply_grads(self.data_parallel_world_size / (sample_size or 1.0))
+            self.optimizer.multiply_grads(self.gradient_world_size / (sample_size or 1.0))
             grad_norm = self.clip_grad_norm(self.cfg.optimization.clip_norm)
-            check_gradient_norms(grad_norm, self.data_parallel_process_group)
+            check_gradient_norms(grad_norm, self.gradient_process_group)
             if not torch.isfinite(grad_norm).all():
                 raise FloatingPointError("gradients are Nan/Inf")
             self.task.optimizer_step(self.optimizer, model=self.model, update_num=self._num_updates)
@@ -559,11 +601,13 @@ class Trainer:
 
     def clip_grad_norm(self, clip_norm: float) -> torch.Tensor:
         """Clips gradients; returns their norm before that."""
-        if not self.is_fsdp:
+        if not self.is_cut:
             return self.optimizer.clip_grad_norm(clip_norm)
         from fairseq.distributed.fsdp import local_grad_norm_aggregator
 
-        aggregate = local_grad_norm_aggregator(self.data_parallel_process_group, self.device)
+        groups = [self.gradient_process_group] if self.is_fsdp else []
+        groups += [self.tensor_parallel_group] if self.tensor_parallel_group is not None else []
+        aggregate = local_grad_norm_aggregator(groups, self.device)
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
 
     def _update_ema(self) -> None:

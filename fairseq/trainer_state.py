@@ -51,7 +51,7 @@ def checkpoint_content(trainer: Trainer, gathered: State | None = None) -> State
         trainer: its state is not copied: write the result before training goes on.
         gathered: what `gather` returned; needed if the model is sharded.
     """
-    if trainer.is_fsdp and gathered is None:
+    if trainer.is_cut and gathered is None:
         gathered = gather(trainer)
     parts = gathered or {}
     criterion_state = trainer.get_criterion().state_dict()
@@ -98,7 +98,7 @@ def _extra_state(trainer: Trainer) -> State:
 
 def _exact_half_precision(trainer: Trainer) -> State:
     """Returns what rounding to the file's float32 weights would lose."""
-    if trainer.cfg.checkpoint.no_save_optimizer_state or trainer.is_fsdp:
+    if trainer.cfg.checkpoint.no_save_optimizer_state or trainer.is_cut:
         return {}
     kept: State = {}
     masters = trainer.optimizer.master_state()
@@ -144,7 +144,7 @@ def _read(trainer: Trainer, filename: str) -> State | None:
 
     Rank 0 reads and sends it to the others, which need not see the same disk.
     """
-    group = trainer.data_parallel_process_group
+    group = distributed_utils.get_global_group()
     if trainer.cfg.checkpoint.load_checkpoint_on_all_dp_ranks:
         group = None
     reads = group is None or trainer.is_data_parallel_master
@@ -248,7 +248,7 @@ def _load_optimizer(
     if not reset_lr_scheduler:
         trainer.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
     optimizer_state = state["last_optimizer_state"]
-    if trainer.is_fsdp:
+    if trainer.is_cut:
         from fairseq.distributed.fsdp import shard_optimizer_state
 
         params = list(trainer.optimizer.params)

@@ -20,6 +20,7 @@ __all__ = [
     "get_perplexity",
     "import_user_module",
     "item",
+    "local_part",
     "log_softmax",
     "move_to_cpu",
     "move_to_cuda",
@@ -65,6 +66,12 @@ def move_to_cpu(sample: Any) -> Any:
 def item(value: Any) -> Any:
     """Returns the number in a one-element tensor; anything else as it is."""
     return value.item() if hasattr(value, "item") else value
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns this worker's part of a sharded tensor, as a view; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def get_perplexity(loss: Any, round: int | None = 2, base: int = 2) -> float:

@@ -21,6 +21,7 @@ from fairseq.dataclass.legacy import config_to_dict, extension_fields, namespace
 from fairseq.dataclass.settings_file import write_resolved_settings
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import meters, metrics, progress_bar
+from fairseq.model_parallel.run import set_up_mesh
 from fairseq.trainer import Trainer
 from fairseq_cli._run import run_command, set_up_logging
 
@@ -67,6 +68,7 @@ def main(cfg: Any) -> None:
         FileNotFoundError: data or a named checkpoint is missing.
     """
     _check_settings(cfg)
+    set_up_mesh(cfg)
     _prepare_process(cfg)
     settings = copy.deepcopy(_settings_of_the_run(cfg))
     task, model, criterion = _build(cfg)

@@ -113,6 +113,9 @@ DISTRIBUTED = """
 --distributed-num-procs 3
 --ddp-comm-hook fp16
 --gradient-as-bucket-view
+--data-parallel ddp
+--tensor-parallel-size 3
+--sequence-parallel-size 3
 """
 DISTRIBUTED_REFUSED = """
 --ddp-backend slow_mo
@@ -335,7 +338,9 @@ CAME_ALONG = {
         --ignore-unused-valid-subsets --grouped-shuffling --update-ordered-indices-seed
         --ddp-backend --bucket-cap-mb --fix-batches-to-gpus --find-unused-parameters
         --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
-        --cpu-offload --ddp-comm-hook --gradient-as-bucket-view --max-target-positions
+        --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
+        --data-parallel --tensor-parallel-size --sequence-parallel-size
+        --max-target-positions
     """,
     "validate": """
         --tensorboard-logdir --wandb-project --empty-cache-freq
@@ -349,6 +354,7 @@ CAME_ALONG = {
         --ddp-backend --bucket-cap-mb --fix-batches-to-gpus --find-unused-parameters
         --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
         --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
+        --data-parallel --tensor-parallel-size --sequence-parallel-size
     """,
 }
 

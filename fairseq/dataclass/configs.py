@@ -266,6 +266,19 @@ class DistributedTrainingConfig(FairseqDataclass):
     not_fsdp_flatten_parameters: bool = _option(
         False, "no flat parameters", extension=True, unsupported=_FLAT_FSDP
     )
+    data_parallel: str | None = _option(
+        None,
+        "ddp: each worker has a copy of the weights; fsdp2: the copies are cut over the workers "
+        "(default: as ddp-backend says)",
+        choices=["ddp", "fsdp2"],
+        extension=True,
+    )
+    tensor_parallel_size: int = _option(
+        1, "processes that share the weights of one copy of the model", extension=True, minimum=1
+    )
+    sequence_parallel_size: int = _option(
+        1, "processes that share each sequence", extension=True, minimum=1
+    )
 
 
 @dataclass

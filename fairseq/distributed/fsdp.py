@@ -7,7 +7,7 @@ tensor reads such a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,10 +23,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from fairseq.distributed.groups import get_mesh
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
+    "accept_whole_tensors",
     "gather_whole",
     "is_sharded",
     "local_grad_norm_aggregator",
@@ -80,11 +83,20 @@ def shard_model(
     # model's own forward.
     fully_shard(model, reshard_after_forward=False, **options)
     model.register_forward_hook(_give_unused_parameters_a_gradient)
-    model.register_load_state_dict_pre_hook(_cut_whole_tensors)
+    accept_whole_tensors(model)
     return model
 
 
+def accept_whole_tensors(model: nn.Module) -> None:
+    """Lets `load_state_dict` of a model with cut parameters take whole tensors."""
+    model.register_load_state_dict_pre_hook(_cut_whole_tensors)
+
+
 def _mesh(process_group: ProcessGroup | None, device: torch.device) -> DeviceMesh:
+    grid = get_mesh()
+    if grid is not None:
+        # Part of the mesh that weights may be cut over already, or the two cannot be combined.
+        return cast(DeviceMesh, grid.submesh("dp", "sp"))
     if process_group is None or process_group is dist.group.WORLD:
         return init_device_mesh(device.type, (dist.get_world_size(),))
     return DeviceMesh.from_group(process_group, device.type)
@@ -171,17 +183,21 @@ def _cut_entry(value: Any, param: nn.Parameter) -> Any:
     return _cut_like(value, param, replicate=value.shape != param.shape)
 
 
-def local_grad_norm_aggregator(process_group: ProcessGroup | None, device: torch.device) -> Any:
+def local_grad_norm_aggregator(
+    process_groups: Sequence[ProcessGroup | None], device: torch.device
+) -> Any:
     """Returns the function that turns the norms of the workers' shards into the norm of all.
 
     Args:
-        process_group: the workers.
-        device: where the group communicates.
+        process_groups: the workers, one group for each axis over which gradients are cut; None is
+            all processes.
+        device: where the groups communicate.
     """
 
     def aggregate(norm: torch.Tensor) -> torch.Tensor:
         square = norm.detach().to(device, torch.float32) ** 2
-        dist.all_reduce(square, group=process_group)
+        for group in process_groups:
+            dist.all_reduce(square, group=group)
         return square.sqrt()
 
     return aggregate

@@ -5,7 +5,7 @@ A group is a `torch.distributed.ProcessGroup`; None stands for a process on its 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 
@@ -17,13 +17,25 @@ __all__ = [
     "get_data_parallel_rank",
     "get_data_parallel_world_size",
     "get_global_group",
+    "get_gradient_group",
+    "get_mesh",
     "get_rank",
     "get_world_size",
     "is_initialized",
     "is_master",
     "set_data_parallel_group",
+    "set_mesh",
 ]
 
+
+class Mesh(Protocol):
+    """What is asked of a grid of processes; `fairseq.model_parallel.mesh.ParallelMesh` is one."""
+
+    def group(self, *axes: str) -> ProcessGroup | None:
+        """Returns the processes along an axis (dp, sp, tp), or along dp and sp together."""
+
+
+_mesh: Any = None
 _data_parallel_group: ProcessGroup | None = None
 
 
@@ -43,8 +55,29 @@ def set_data_parallel_group(group: ProcessGroup | None) -> None:
     _data_parallel_group = group
 
 
+def set_mesh(mesh: Mesh | None) -> None:
+    """Makes `mesh` the grid of this run; None makes all processes data parallel again."""
+    global _mesh
+    _mesh = mesh
+
+
+def get_mesh() -> Any:
+    """Returns the grid of this run (a `ParallelMesh`), None if all processes are data parallel."""
+    return _mesh
+
+
+def get_gradient_group() -> ProcessGroup | None:
+    """Returns the group whose gradients and counts of tokens are summed.
+
+    Its members see other batches, or other parts of the sequences of a batch.
+    """
+    return get_data_parallel_group() if _mesh is None else _mesh.group("dp", "sp")
+
+
 def get_data_parallel_group() -> ProcessGroup | None:
     """Returns the group whose members train on different batches."""
+    if _mesh is not None:
+        return _mesh.group("dp")
     if _data_parallel_group is not None and is_initialized():
         return _data_parallel_group
     return get_global_group()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fairseq.distributed.groups import get_world_size
+from fairseq.utils import local_part
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,19 +77,18 @@ class LegacyDistributedDataParallel(nn.Module):
             if not param.requires_grad:
                 continue
             is_other = bucket and (param.device, param.dtype) != (bucket[0].device, bucket[0].dtype)
-            if bucket and (is_other or size + param.numel() > self.buffer_size):
+            num_elements = local_part(param).numel()
+            if bucket and (is_other or size + num_elements > self.buffer_size):
                 yield bucket
                 bucket, size = [], 0
             bucket.append(param)
-            size += param.numel()
+            size += num_elements
         if bucket:
             yield bucket
 
     def _reduce(self, params: list[nn.Parameter]) -> tuple[list[nn.Parameter], torch.Tensor, Any]:
         world_size = get_world_size(self.process_group)
-        flat = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in params]
-        )
+        flat = torch.cat([local_part(_grad_or_zero(p)).reshape(-1) for p in params])
         # Divided first, so that a sum in half precision does not overflow.
         flat.div_(world_size)
         handle = dist.all_reduce(flat, group=self.process_group, async_op=True)
@@ -96,9 +96,13 @@ class LegacyDistributedDataParallel(nn.Module):
 
 
 def _scatter(flat: torch.Tensor, params: list[nn.Parameter]) -> None:
-    parts = flat.split([p.numel() for p in params])
+    parts = flat.split([local_part(p).numel() for p in params])
     for param, part in zip(params, parts, strict=True):
         if param.grad is None:
-            param.grad = part.view_as(param)
-        else:
-            param.grad.copy_(part.view_as(param))
+            param.grad = _grad_or_zero(param)
+        own = local_part(param.grad)
+        own.copy_(part.view_as(own))
+
+
+def _grad_or_zero(param: nn.Parameter) -> torch.Tensor:
+    return torch.zeros_like(param) if param.grad is None else param.grad

@@ -12,11 +12,14 @@ from fairseq.distributed.groups import (
     get_data_parallel_rank,
     get_data_parallel_world_size,
     get_global_group,
+    get_gradient_group,
+    get_mesh,
     get_rank,
     get_world_size,
     is_initialized,
     is_master,
     set_data_parallel_group,
+    set_mesh,
 )
 from fairseq.distributed.launch import call_main, distributed_init, infer_init_method
 
@@ -32,10 +35,13 @@ __all__ = [
     "get_data_parallel_rank",
     "get_data_parallel_world_size",
     "get_global_group",
+    "get_gradient_group",
+    "get_mesh",
     "get_rank",
     "get_world_size",
     "infer_init_method",
     "is_initialized",
     "is_master",
     "set_data_parallel_group",
+    "set_mesh",
 ]

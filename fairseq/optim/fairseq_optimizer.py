@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fairseq.optim.grad_norm import clip_grad_norm_
+from fairseq.utils import local_part
 
 __all__ = ["FairseqOptimizer", "LegacyFairseqOptimizer"]
 
@@ -92,7 +93,7 @@ class FairseqOptimizer:
     @torch.no_grad()
     def multiply_grads(self, c: float | torch.Tensor) -> None:
         """Multiplies all gradients by a number."""
-        grads = [p.grad for p in self.params if p.grad is not None]
+        grads = [local_part(p.grad) for p in self.params if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, c.to(grads[0].device) if torch.is_tensor(c) else c)
 

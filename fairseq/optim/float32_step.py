@@ -118,4 +118,5 @@ def _buckets(params: Tensors) -> Iterator[Tensors]:
 
 
 def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device
+    meshes = [getattr(t, "device_mesh", None) for t in (a, b)]  # of sharded parameters
+    return a.dtype == b.dtype and a.device == b.device and meshes[0] == meshes[1]

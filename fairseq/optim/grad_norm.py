@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from fairseq.utils import local_part
+
 __all__ = ["clip_grad_norm_"]
 
 CLIP_EPSILON = 1e-6
@@ -28,27 +30,28 @@ def clip_grad_norm_(
         max_norm: largest norm allowed; 0 or less only measures. Gradients are multiplied by
             min(1, max_norm / (norm + 1e-6)).
         aggregate_norm_fn: takes this worker's norm to the norm over all workers, where each holds
-            a shard of the gradients.
+            a shard of the gradients. A parameter's attribute `num_copies` says on how many of them
+            the same gradient lies, so that it is counted once.
 
     Returns:
         The norm before clipping, a float32 scalar on the gradients' device.
     """
     params = [params] if isinstance(params, torch.Tensor) else list(params)
-    grads = [_local(p.grad) for p in params if p.grad is not None]
+    device = params[0].device if params else None
+    params = [p for p in params if p.grad is not None]
+    grads = [local_part(p.grad) for p in params if p.grad is not None]
     if grads:
-        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+        norms = list(torch._foreach_norm(grads, 2, dtype=torch.float32))
+        for i, param in enumerate(params):
+            num_copies = getattr(param, "num_copies", 1)
+            if num_copies > 1:
+                norms[i] = norms[i] / num_copies**0.5
         norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     else:
-        norm = torch.zeros((), device=params[0].device if params else None)
+        norm = torch.zeros((), device=device)
     if aggregate_norm_fn is not None:
         norm = aggregate_norm_fn(norm)
     if max_norm > 0:
         coefficient = (float(max_norm) / (norm + CLIP_EPSILON)).clamp_(max=1.0)
         torch._foreach_mul_(grads, coefficient.to(grads[0].device)) if grads else None
     return norm
-
-
-def _local(grad: torch.Tensor) -> torch.Tensor:
-    """Returns this worker's part of a sharded gradient, as a view; others as they are."""
-    to_local = getattr(grad, "to_local", None)
-    return grad if to_local is None else to_local()

@@ -168,7 +168,7 @@ def _clip(params: list[nn.Parameter], backend: str, group: Any) -> float:
     if backend == "fully_sharded":
         from fairseq.distributed.fsdp import local_grad_norm_aggregator
 
-        aggregate = local_grad_norm_aggregator(group, torch.device("cpu"))
+        aggregate = local_grad_norm_aggregator([group], torch.device("cpu"))
     return float(clip_grad_norm_(params, 1.0, aggregate))
 
 
