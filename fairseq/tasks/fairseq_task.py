@@ -247,6 +247,61 @@ class FairseqTask:
 
         return criterions.build_criterion(cfg, self)
 
+    def build_generator(
+        self,
+        models: Sequence[Any],
+        args: Any,
+        seq_gen_cls: Any = None,
+        extra_gen_cls_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Makes the generator of this task's outputs.
+
+        Args:
+            models: what generates.
+            args: options of generation; those that are missing have their defaults.
+            seq_gen_cls: another class than `SequenceGenerator`.
+            extra_gen_cls_kwargs: further arguments of its constructor.
+
+        Raises:
+            ValueError: options contradict each other or are out of range.
+        """
+        from fairseq.generation.build import build_generator
+
+        return build_generator(
+            models, self.target_dictionary, args, seq_gen_cls, extra_gen_cls_kwargs
+        )
+
+    def inference_step(
+        self,
+        generator: Any,
+        models: Sequence[Any],
+        sample: dict[str, Any],
+        prefix_tokens: torch.Tensor | None = None,
+        constraints: torch.Tensor | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """Generates, or scores, the outputs of a batch.
+
+        Args:
+            generator: made by `build_generator`.
+            models: what generates.
+            sample: the batch.
+            prefix_tokens: first tokens of the outputs, (B, P).
+            constraints: has to be None, unless a plug-in's generator takes them.
+
+        Returns:
+            For each row its hypotheses, best first; see `SequenceGenerator.generate`.
+        """
+        found: list[list[dict[str, Any]]] = generator.generate(
+            models, sample, prefix_tokens=prefix_tokens, constraints=constraints
+        )
+        return found
+
+    def build_dataset_for_inference(
+        self, src_tokens: Sequence[torch.Tensor], src_lengths: Sequence[int], **kwargs: Any
+    ) -> Any:
+        """Makes a dataset of lines whose outputs are to be generated or scored."""
+        raise NotImplementedError(f"{type(self).__name__} has no dataset of single lines")
+
     def train_step(
         self,
         sample: dict[str, Any],

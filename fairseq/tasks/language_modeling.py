@@ -288,6 +288,38 @@ class LanguageModelingTask(LegacyFairseqTask):
             first=dictionary.bos() if self.args.add_bos_token else dictionary.eos(),
         )
 
+    def inference_step(
+        self,
+        generator: Any,
+        models: Sequence[Any],
+        sample: dict[str, Any],
+        prefix_tokens: torch.Tensor | None = None,
+        constraints: torch.Tensor | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """Continues the rows of a batch, or scores them.
+
+        Outputs start with a row's own tokens, unless a prefix is given; a start symbol that every
+        row begins with is not repeated.
+
+        Raises:
+            NotImplementedError: constraints are given.
+        """
+        if constraints is not None:
+            raise NotImplementedError(
+                "Constraints are not supported with the language_modeling task"
+            )
+        dictionary = self.source_dictionary
+        start = dictionary.bos() if self.args.add_bos_token else dictionary.eos()
+        source = sample["net_input"]["src_tokens"]
+        if prefix_tokens is None and source.nelement():
+            prefix_tokens = source
+            if bool(prefix_tokens[:, 0].eq(start).all()):
+                prefix_tokens = prefix_tokens[:, 1:]
+        found: list[list[dict[str, Any]]] = generator.generate(
+            models, sample, prefix_tokens=prefix_tokens, bos_token=start
+        )
+        return found
+
     def eval_lm_dataloader(
         self,
         dataset: MonolingualDataset,

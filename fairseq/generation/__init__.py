@@ -1,0 +1,1 @@
+"""What sequence generation consists of; its face is `fairseq.sequence_generator`."""

@@ -1,0 +1,303 @@
+"""Generates sequences with one model or an ensemble, by beam search or sampling.
+
+Shapes: `B` sentences, `M` beams of a sentence, `N` = B M hypotheses, `P` tokens of a prefix, `V`
+words. Scores are natural logarithms (nats).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fairseq.generation.beams import Beams, Hypothesis
+from fairseq.generation.ensemble import Ensemble
+from fairseq.generation.restrictions import Restrictions
+from fairseq.search import BeamSearch, Search
+
+__all__ = ["SequenceGenerator"]
+
+logger = logging.getLogger(__name__)
+
+
+class SequenceGenerator:
+    """Generates sequences.
+
+    The longest output has max_len_a x + max_len_b tokens for a source of x tokens, padding and
+    `</s>` at its end included; a prefix counts as output, the `</s>` that ends it does not. It is
+    shorter where a model has no more positions.
+
+    Args:
+        models: language models, or models with an encoder and a decoder; the probabilities of
+            several are averaged.
+        tgt_dict: dictionary of the output.
+        beam_size: hypotheses of a sentence, M.
+        max_len_a: see above.
+        max_len_b: see above.
+        max_len: a further limit; 0 is none.
+        min_len: fewest tokens before `</s>`; a prefix is never changed.
+        normalize_scores: divide the score of a hypothesis by (its tokens) ** `len_penalty`.
+        len_penalty: below 1 favours short outputs, above 1 long ones.
+        unk_penalty: nats taken off unknown words.
+        temperature: above 1 flattens the distribution, below 1 sharpens it.
+        match_source_len: outputs have as many tokens as their sources, `</s>` not counted.
+        no_repeat_ngram_size: no n-gram of this size occurs twice in what is generated; 0 is off.
+        search_strategy: how tokens are chosen; None is beam search.
+        eos: id of the end of sentence; None is the dictionary's.
+        symbols_to_strip_from_output: ids left out when hypotheses are printed, beside eos.
+        lm_model: a language model whose log-probabilities are added, times `lm_weight`.
+        lm_weight: see above.
+
+    Raises:
+        ValueError: a number is out of range; the message names its flag.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Any],
+        tgt_dict: Any,
+        beam_size: int = 1,
+        max_len_a: float = 0.0,
+        max_len_b: int = 200,
+        max_len: int = 0,
+        min_len: int = 1,
+        normalize_scores: bool = True,
+        len_penalty: float = 1.0,
+        unk_penalty: float = 0.0,
+        temperature: float = 1.0,
+        match_source_len: bool = False,
+        no_repeat_ngram_size: int = 0,
+        search_strategy: Search | None = None,
+        eos: int | None = None,
+        symbols_to_strip_from_output: set[int] | None = None,
+        lm_model: Any = None,
+        lm_weight: float = 1.0,
+    ) -> None:
+        self.models = list(models)
+        self.pad = tgt_dict.pad()
+        self.unk = tgt_dict.unk()
+        self.eos = tgt_dict.eos() if eos is None else eos
+        self.symbols_to_strip_from_output = {self.eos, *(symbols_to_strip_from_output or ())}
+        if beam_size < 1:
+            raise ValueError(f"--beam is {beam_size}; it must be at least 1")
+        if not temperature > 0:
+            raise ValueError(f"--temperature is {temperature:g}; it must be above 0")
+        if no_repeat_ngram_size < 0:
+            raise ValueError(
+                f"--no-repeat-ngram-size is {no_repeat_ngram_size}; it must be at least 1, or 0"
+            )
+        self.search = search_strategy or BeamSearch()
+        # The padding symbol is never chosen.
+        self.beam_size = min(beam_size, len(tgt_dict) - 1)
+        if self.beam_size % self.search.num_groups:
+            raise ValueError(
+                f"--beam {self.beam_size} is not a multiple of --diverse-beam-groups "
+                f"{self.search.num_groups}"
+            )
+        self.max_len_a = max_len_a
+        self.max_len_b = max_len_b
+        self.max_len = max_len
+        self.min_len = min_len
+        self.normalize_scores = normalize_scores
+        self.len_penalty = len_penalty
+        self.unk_penalty = unk_penalty
+        self.temperature = temperature
+        self.match_source_len = match_source_len
+        self.no_repeat_ngram_size = no_repeat_ngram_size
+        self.lm_model = lm_model
+        self.lm_weight = lm_weight
+        for model in (*self.models, *([] if lm_model is None else [lm_model])):
+            model.eval()
+
+    def generate(
+        self,
+        models: Sequence[Any] | None,
+        sample: Mapping[str, Any],
+        prefix_tokens: torch.Tensor | None = None,
+        constraints: Any = None,
+        bos_token: int | None = None,
+    ) -> list[list[Hypothesis]]:
+        """Generates outputs for a batch.
+
+        Args:
+            models: they take the place of those given at first; None is those.
+            sample: a batch, of which `net_input` is read.
+            prefix_tokens: first tokens of the outputs, int64 (B, P); where one is padding, the row
+                is free from there on.
+            constraints: has to be None.
+            bos_token: id of the symbol that hypotheses start with; None is that of eos.
+
+        Returns:
+            For each sentence its hypotheses, best first, each a dictionary: `tokens` (int64, with
+            eos at the end), `score` (nats, normalised by length unless switched off),
+            `positional_scores` (nats, one for each token), `attention` and `alignment` (None).
+
+        Raises:
+            ValueError: constraints are given, or a length is impossible.
+            FloatingPointError: the models give no probability to any output.
+        """
+        if constraints is not None:
+            raise ValueError("outputs cannot be constrained to given words; leave constraints out")
+        start = self.eos if bos_token is None else bos_token
+        with torch.inference_mode():
+            ended = self._search(models or self.models, sample["net_input"], prefix_tokens, start)
+        # Tensors made in inference mode could not be changed in place.
+        return [sorted(map(self._finished, each), key=_by_score) for each in ended]
+
+    def _search(
+        self,
+        models: Sequence[Any],
+        net_input: Mapping[str, Any],
+        prefix: torch.Tensor | None,
+        start: int,
+    ) -> list[list[Hypothesis]]:
+        source = net_input["src_tokens"]
+        limits = self._restrictions(models, source, prefix)
+        prompt = self._prompt(source, limits, start)
+        ensembles = self._ensembles(models, net_input, limits.max_len + 1)
+        given, log_probs = _join(
+            ensembles, *zip(*(each.read_prompt(prompt) for each, _ in ensembles), strict=True)
+        )
+        beams = Beams(
+            prompt,
+            given - self.unk_penalty * prompt[:, 1:].eq(self.unk),
+            self.search.initial_scores(len(source), self.beam_size),
+            most_tokens=limits.max_len + 2,
+            pad=self.pad,
+            eos=self.eos,
+        )
+        order: torch.Tensor | None = None
+        if self.beam_size > 1:
+            order = torch.arange(len(source), device=source.device)
+            order = order.repeat_interleave(self.beam_size)
+            log_probs = log_probs[order]
+        for step in range(prompt.size(1) - 1, limits.max_len + 1):
+            if order is not None:
+                for ensemble, _ in ensembles:
+                    ensemble.reorder(order)
+            if step >= prompt.size(1):
+                (log_probs,) = _join(ensembles, [each.step(beams.tokens) for each, _ in ensembles])
+            limits.apply(log_probs, beams.tokens[:, 1:], step)
+            words = log_probs.view(-1, self.beam_size, log_probs.size(-1))
+            candidates = self.search.step(words, beams.scores)
+            order, stay = beams.advance(candidates, limits.is_last(step))
+            if stay is not None:
+                if len(stay) == 0:
+                    break
+                limits.keep(stay)
+        if not all(beams.ended):
+            raise FloatingPointError(
+                "no output has a probability above 0: the model's scores are not numbers, or a "
+                "prefix holds a word that cannot occur"
+            )
+        return beams.ended
+
+    def _restrictions(
+        self, models: Sequence[Any], source: torch.Tensor, prefix: torch.Tensor | None
+    ) -> Restrictions:
+        max_len = self._max_len(models, source.size(1))
+        lengths = None
+        if self.match_source_len:
+            lengths = (source.ne(self.pad) & source.ne(self.eos)).sum(dim=1)
+            max_len = min(max_len, int(lengths.max()))
+        if prefix is not None and prefix.size(1) >= max_len:
+            logger.warning(
+                f"a prompt of {prefix.size(1)} tokens leaves no room for new ones: outputs have at "
+                f"most {max_len}, prompt included; see --max-len-a and --max-len-b"
+            )
+        return Restrictions(
+            pad=self.pad,
+            eos=self.eos,
+            unk=self.unk,
+            num_beams=self.beam_size,
+            min_len=self.min_len,
+            max_len=max_len,
+            unk_penalty=self.unk_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+            prefix=prefix,
+            lengths=lengths,
+        )
+
+    def _max_len(self, models: Sequence[Any], source_len: int) -> int:
+        longest = int(self.max_len_a * source_len + self.max_len_b)
+        limits = [_most_positions(model) for model in models]
+        limits.append(self.max_len + 1 if self.max_len else None)
+        longest = min([longest, *(limit - 1 for limit in limits if limit is not None)])
+        if self.min_len > longest and not self.match_source_len:
+            raise ValueError(
+                f"--min-len {self.min_len} is above the longest output, {longest} tokens, which "
+                "--max-len-a, --max-len-b and the model's positions allow"
+            )
+        return longest
+
+    def _prompt(self, source: torch.Tensor, limits: Restrictions, start: int) -> torch.Tensor:
+        """Returns the start symbol and what every sentence has of the prefix, (B, 1 or more)."""
+        first = source.new_full((len(source), 1), start)
+        prefix = limits.prefix
+        if prefix is None or limits.lengths is not None:
+            return first
+        is_free = (prefix.eq(self.pad) | prefix.eq(self.eos)).any(dim=0)
+        count = int(is_free.logical_not().cumprod(dim=0).sum())
+        return torch.cat([first, prefix[:, : min(count, limits.max_len)].to(first)], dim=1)
+
+    def _ensembles(
+        self, models: Sequence[Any], net_input: Mapping[str, Any], sequence_length: int
+    ) -> list[tuple[Ensemble, float]]:
+        """Returns what has a say, each with the weight of its log-probabilities."""
+        ensemble = Ensemble(
+            models, net_input, temperature=self.temperature, sequence_length=sequence_length
+        )
+        if self.lm_model is None:
+            return [(ensemble, 1.0)]
+        return [
+            (ensemble, 1.0),
+            (Ensemble([self.lm_model], {}, sequence_length=sequence_length), self.lm_weight),
+        ]
+
+    def _finished(self, hypothesis: Hypothesis) -> Hypothesis:
+        positional = hypothesis["positional"].clone()
+        score = hypothesis["score"].clone()
+        if self.normalize_scores:
+            score = score / len(positional) ** self.len_penalty
+        return {
+            "tokens": hypothesis["tokens"].clone(),
+            "score": score,
+            "attention": None,
+            "alignment": None,
+            "positional_scores": positional,
+        }
+
+
+def _join(
+    ensembles: Sequence[tuple[Ensemble, float]], *log_probs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Adds up, with their weights, what each of the ensembles says."""
+    joined = []
+    for each in log_probs:
+        total = each[0]
+        for (_, weight), other in zip(ensembles[1:], each[1:], strict=True):
+            total = total + weight * other
+        joined.append(total)
+    return joined
+
+
+def _most_positions(model: Any) -> int | None:
+    """Returns the most tokens that a model can read.
+
+    A decoder may tell a limit beyond which nothing can be computed from that of training, which is
+    none for generation.
+    """
+    decoder: Any = getattr(model, "decoder", None)
+    if hasattr(decoder, "position_limit"):
+        limit: int | None = decoder.position_limit
+        return limit
+    if not hasattr(model, "max_decoder_positions"):
+        return None
+    longest: int | None = model.max_decoder_positions()
+    return longest
+
+
+def _by_score(hypothesis: Hypothesis) -> float:
+    return -float(hypothesis["score"])
