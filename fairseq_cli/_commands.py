@@ -10,7 +10,10 @@ __all__ = [
     "diagnose",
     "doctor",
     "eval_lm",
+    "export",
     "extrapolate",
+    "generate",
+    "interactive",
     "preprocess",
     "score",
     "train",
@@ -21,7 +24,10 @@ preprocess = partial(start, "preprocess")
 score = partial(start, "score")
 train = partial(start, "train")
 eval_lm = partial(start, "eval_lm")
+generate = partial(start, "generate")
+interactive = partial(start, "interactive")
 validate = partial(start, "validate")
 extrapolate = partial(start, "extrapolate")
 diagnose = partial(start, "diagnose")
 doctor = partial(start, "doctor")
+export = partial(start, "export")
