@@ -24,6 +24,7 @@ from fairseq.distributed.data_parallel import DistributedFairseqModel, is_fully_
 from fairseq.distributed.statistics import StatisticsSum, check_gradient_norms
 from fairseq.distributed.watchdog import Heartbeat
 from fairseq.logging import metrics
+from fairseq.modules.dropout import set_dropout_worker
 from fairseq.nan_detector import NanDetector
 from fairseq.optim import FP16Optimizer, MemoryEfficientFP16Optimizer, build_optimizer
 from fairseq.optim.ema import build_ema
@@ -463,6 +464,7 @@ class Trainer:
         with metrics.aggregate("train"):
             self._beat()
             utils.set_torch_seed(self.cfg.common.seed + self._num_updates)
+            set_dropout_worker(distributed_utils.get_rank(self.gradient_process_group))
             self.model.train()
             self.criterion.train()
             self.zero_grad()

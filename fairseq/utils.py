@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import math
 import sys
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "apply_to_sample",
     "eval_mode",
+    "freeze_garbage",
     "get_perplexity",
     "import_user_module",
     "item",
@@ -61,6 +63,16 @@ def move_to_cpu(sample: Any) -> Any:
         return tensor.to(device="cpu", dtype=torch.float32 if is_half else None)
 
     return apply_to_sample(move, sample)
+
+
+def freeze_garbage() -> None:
+    """Takes what is alive now out of the garbage collector's rounds.
+
+    To be called when models and data are there, before a loop that runs for long: modules and
+    dictionaries live to the end, but a collection would look through all of them again.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def item(value: Any) -> Any:
@@ -140,8 +152,20 @@ def strip_pad(tensor: torch.Tensor, pad: int) -> torch.Tensor:
     return tensor[tensor.ne(pad)]
 
 
-def resolve_max_positions(*limits: int | None) -> int | None:
-    """Returns the smallest of the limits that are set, None if none is."""
+def resolve_max_positions(*limits: Any) -> Any:
+    """Returns the smallest of the limits that are set, None if none is.
+
+    Args:
+        *limits: each a number, None, or one of them for source and target each, as a tuple. A
+            number beside tuples limits both.
+
+    Returns:
+        A tuple if one of the limits is one.
+    """
+    pairs = [limit for limit in limits if isinstance(limit, tuple)]
+    if pairs:
+        columns = [limit if limit in pairs else (limit,) * len(pairs[0]) for limit in limits]
+        return tuple(resolve_max_positions(*each) for each in zip(*columns, strict=True))
     given = [limit for limit in limits if limit is not None]
     return min(given) if given else None
 

@@ -212,6 +212,7 @@ def _train_all_epochs(cfg: Any, trainer: Trainer, task: Any, settings: Any) -> N
     max_epoch = cfg.optimization.max_epoch or math.inf
     stop_min_lr = cfg.optimization.stop_min_lr
     lr = trainer.get_lr()
+    utils.freeze_garbage()
     stopwatch = meters.StopwatchMeter()
     stopwatch.start()
     while epoch_itr.next_epoch_idx <= max_epoch:

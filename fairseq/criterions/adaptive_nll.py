@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 __all__ = ["adaptive_nll"]
 
@@ -59,7 +59,30 @@ def adaptive_nll(
 def _cross_entropy(
     logits: torch.Tensor, target: torch.Tensor, ignore_index: int, reduce: bool
 ) -> torch.Tensor:
-    # In half precision a sum over a batch overflows, and the softmax loses its small terms.
-    lprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    reduction = "sum" if reduce else "none"
-    return F.nll_loss(lprobs, target, ignore_index=ignore_index, reduction=reduction)
+    losses: torch.Tensor = _CrossEntropy.apply(logits, target, ignore_index)
+    return losses.sum() if reduce else losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-log softmax at the targets, (N,), whose backward pass writes one (N, V) tensor, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, ignore_index: int
+    ) -> torch.Tensor:
+        # In half precision a sum over a batch overflows, and the softmax loses its small terms.
+        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        is_counted = target != ignore_index
+        target = target.where(is_counted, 0).unsqueeze(1)
+        ctx.save_for_backward(log_probs, target, is_counted)
+        ctx.dtype = logits.dtype
+        return -log_probs.gather(1, target).squeeze(1) * is_counted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        log_probs, target, is_counted = ctx.saved_tensors
+        grad = (grad * is_counted).unsqueeze(1)
+        out = log_probs.exp()
+        out.scatter_add_(1, target, torch.full_like(grad, -1.0))
+        return out.mul_(grad).to(ctx.dtype), None, None

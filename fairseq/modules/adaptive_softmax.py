@@ -17,6 +17,7 @@ from torch import nn
 
 from fairseq.modules.adaptive_input import AdaptiveInput, band_width
 from fairseq.modules.cutoffs import band_limits
+from fairseq.modules.dropout import Dropout
 
 __all__ = ["AdaptiveSoftmax", "TiedHeadModule", "TiedLinear"]
 
@@ -56,16 +57,21 @@ class TiedHeadModule(nn.Module):
         self.word_proj = words
         if num_classes > 0:
             self.class_proj = nn.Linear(input_dim, num_classes, bias=False)
+        self.num_classes = num_classes
         self.out_dim = num_words + num_classes
         # Holds nothing; checkpoints have the key.
         self.register_buffer("_float_tensor", torch.zeros(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scores features (N, D) as (N, C + M)."""
-        words = self.word_proj(x)
-        if self.out_dim == words.size(-1):
-            return words
-        return torch.cat([words, self.class_proj(x)], dim=-1)
+        if isinstance(self.word_proj, nn.Sequential):
+            words = self.word_proj(x)
+            return words if self.num_classes == 0 else torch.cat([words, self.class_proj(x)], -1)
+        # The table is small beside the scores, so it is the table that is copied.
+        weights: list[Any] = [self.word_proj.weight]
+        if self.num_classes > 0:
+            weights.append(self.class_proj.weight)
+        return F.linear(x, torch.cat(weights))
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -97,7 +103,7 @@ class AdaptiveSoftmax(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.cutoff = band_limits(cutoff, vocab_size, "--adaptive-softmax-cutoff")
-        self.dropout_module = nn.Dropout(dropout)
+        self.dropout_module = Dropout(dropout)
         self.num_tails = len(self.cutoff) - 1
         self.head: nn.Module
         if adaptive_inputs is None:
@@ -138,7 +144,7 @@ class AdaptiveSoftmax(nn.Module):
                 else nn.Linear(input_dim, table.size(1), bias=False)
             )
             words = TiedLinear(table, transpose=False)
-        return nn.Sequential(projection, nn.Dropout(dropout), words)
+        return nn.Sequential(projection, Dropout(dropout), words)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
         """Refuses checkpoints of a time when the bands were laid out in another way.

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fairseq.modules.dropout import dropout
+
 __all__ = [
     "ACTIVATIONS",
     "Embedding",
@@ -108,9 +110,9 @@ class FairseqDropout(nn.Module):
         """The probability that counts now: `p` in training, else 0 unless retained."""
         return self.p if self.training or self.apply_during_inference else 0.0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rate = self.rate
-        return F.dropout(x, rate) if rate > 0 else x
+    def forward(self, x: torch.Tensor, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        """Drops elements of `x`; returns them, or the sum of `add_to` and them."""
+        return dropout(x, self.rate, add_to=add_to)
 
     def make_generation_fast_(
         self,
@@ -140,14 +142,20 @@ class LayerDropModuleList(nn.ModuleList):
 
     Args:
         p: probability that a layer is left out; iterating in evaluation yields all.
+
+    Attributes:
+        generator: draws; None is torch's own. Workers that compute one pass together must draw
+            the same, although their dropout differs.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
+        self.generator: torch.Generator | None = None
 
     def __iter__(self) -> Iterator[nn.Module]:
-        draws = torch.empty(len(self)).uniform_() if self.training else None
+        length = len(self)
+        draws = torch.rand(length, generator=self.generator) if self.training else None
         for i, layer in enumerate(super().__iter__()):
             if draws is None or draws[i] > self.p:
                 yield layer

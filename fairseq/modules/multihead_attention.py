@@ -6,6 +6,7 @@ Shapes: `B` rows, `T` new tokens, `S` tokens so far, `D` width, `H` heads, `K` =
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fairseq.attention import Prepared, attend
@@ -73,15 +74,23 @@ class MultiheadAttention(StatefulModule):
         Returns:
             (B, T, D).
         """
-        q = self._split_heads(self.q_proj(x))  # (B, H, T, K)
-        k = self._split_heads(self.k_proj(x))
-        v = self._split_heads(self.v_proj(x))
+        q, k, v = map(self._split_heads, self._project(x))  # (B, H, T, K)
         q, k = prepared.rotate(q, k)
         if incremental_state is not None:
             k, v = self._append(incremental_state, k, v, prepared.key_is_padding)  # (B, H, S, K)
         out = attend(q, k, v, prepared, dropout_p=self.dropout_module.rate)  # (B, H, T, K)
         merged: torch.Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return merged
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns queries, keys and values, (B, T, D) each."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        if not all(map(_is_plain, parts)):
+            return tuple(part(x) for part in parts)
+        # One product instead of three. The weights stay three parameters.
+        weight = torch.cat([part.weight for part in parts])
+        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        return F.linear(x, weight, bias).split([len(part.weight) for part in parts], dim=-1)
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         # The number of heads is left open: a worker may hold the projections of some heads only.
@@ -116,6 +125,18 @@ class MultiheadAttention(StatefulModule):
             if joint is not None:
                 for part, tensor in zip("qkv", joint.chunk(3), strict=True):
                     state_dict[f"{prefix}{part}_proj.{kind}"] = tensor
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    """Tells whether calling a projection does nothing but a product with its own weight."""
+    return (
+        type(projection) is nn.Linear
+        and type(projection.weight) is nn.Parameter
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+        and not projection._backward_hooks
+        and not projection._backward_pre_hooks
+    )
 
 
 def _tensor(stored: torch.Tensor | None) -> torch.Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fairseq.attention import Prepared
 from fairseq.modules.basic import FairseqDropout, LayerNorm, get_activation_fn
+from fairseq.modules.dropout import relu_dropout
 from fairseq.modules.incremental_state import IncrementalState
 from fairseq.modules.multihead_attention import MultiheadAttention
 
@@ -50,16 +52,23 @@ class TransformerDecoderLayer(nn.Module):
     ) -> torch.Tensor:
         """Transforms (B, T, D); `prepared` and the state are handed on to the attention."""
         if self.normalize_before:
-            x = x + self._attend(self.self_attn_layer_norm(x), prepared, incremental_state)
-            return x + self._feed_forward(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(x + self._attend(x, prepared, incremental_state))
-        return self.final_layer_norm(x + self._feed_forward(x))
+            y = self.self_attn(self.self_attn_layer_norm(x), prepared, incremental_state)
+            x = self._add(x, y)
+            return self._add(x, self._feed_forward(self.final_layer_norm(x)))
+        y = self.self_attn(x, prepared, incremental_state)
+        x = self.self_attn_layer_norm(self._add(x, y))
+        return self.final_layer_norm(self._add(x, self._feed_forward(x)))
 
-    def _attend(
-        self, x: torch.Tensor, prepared: Prepared, incremental_state: IncrementalState | None
-    ) -> torch.Tensor:
-        return self.dropout_module(self.self_attn(x, prepared, incremental_state))
+    def _add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Returns the residual sum of `x` and what is left of `y` after dropout."""
+        total: torch.Tensor = self.dropout_module(y, add_to=x)
+        return total
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.activation_dropout_module(self.activation_fn(self.fc1(x)))
-        return self.dropout_module(self.fc2(x))
+        y = self.fc1(x)
+        if self.activation_fn is F.relu:
+            y = relu_dropout(y, self.activation_dropout_module.rate)
+        else:
+            y = self.activation_dropout_module(self.activation_fn(y))
+        out: torch.Tensor = self.fc2(y)
+        return out
