@@ -1,0 +1,272 @@
+"""The attention and mask functions that transformers knows by the names in `IMPLEMENTATIONS`.
+
+An attention module with an attribute `alibi`, a `ScoreBias`, gets that added to its scores; one
+without it, such as cross attention, is computed as transformers does.
+
+Shapes: `B` rows, `H` heads, `T` queries, `S` keys, `K` head width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fairseq.attention import AttentionBias, Positions
+from fairseq.attention.coordinates import position_tensor
+from fairseq.huggingface.bias import ScoreBias
+from fairseq.huggingface.positions import given_positions
+from fairseq.huggingface.requirements import import_transformers
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "alibi_eager",
+    "alibi_flex",
+    "alibi_sdpa",
+    "implementation_for",
+    "observing",
+    "register",
+    "set_recording",
+    "supports_flex",
+]
+
+IMPLEMENTATIONS = {"sdpa": "alibi", "eager": "alibi_eager", "flex_attention": "alibi_flex"}
+"""Name under which ALiBi is computed by each of transformers' ways."""
+
+Output = tuple[torch.Tensor, torch.Tensor | None]
+"""Attention's output (B, T, H, K), and its weights (B, H, T, S) where they were made."""
+
+_local = threading.local()  # records: bool; seen: set of modules, or None
+
+
+def implementation_for(underneath: str | None) -> str:
+    """Returns the name of ALiBi computed by one of transformers' implementations.
+
+    Those without a term for scores, as FlashAttention is called by transformers, become sdpa.
+    """
+    if underneath in IMPLEMENTATIONS.values():
+        return str(underneath)
+    return IMPLEMENTATIONS.get(underneath or "sdpa", IMPLEMENTATIONS["sdpa"])
+
+
+def register() -> None:
+    """Makes the functions known to transformers, attention and masks alike.
+
+    Without the latter transformers would hand on no mask, and padding would be seen.
+    """
+    functions = import_transformers("modeling_utils").AttentionInterface
+    masks = import_transformers("masking_utils").AttentionMaskInterface
+    for name, attend, mask in (
+        ("alibi", alibi_sdpa, dense_mask),
+        ("alibi_eager", alibi_eager, dense_mask),
+        ("alibi_flex", alibi_flex, flex_mask),
+    ):
+        functions.register(name, attend)
+        masks.register(name, mask)
+
+
+def set_recording(is_on: bool) -> None:
+    """Has attention of this thread computed the eager way, which returns weights, or not."""
+    _local.records = is_on
+
+
+@contextmanager
+def observing() -> Iterator[set[nn.Module]]:
+    """Yields the modules that have asked for their bias since, in this thread."""
+    _local.seen = set()
+    try:
+        yield _local.seen
+    finally:
+        _local.seen = None
+
+
+def _records() -> bool:
+    return getattr(_local, "records", False)
+
+
+# ---- attention ----
+
+
+def alibi_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> Output:
+    """Computes attention by `scaled_dot_product_attention`.
+
+    Args:
+        module: the attention module.
+        query: (B, H, T, K).
+        key: (B, H or fewer, S, K).
+        value: (B, H or fewer, S, K).
+        attention_mask: (B, 1, T, S), bool or added to scores; None where nothing is masked.
+        kwargs: what models hand on: `scaling`, `dropout`, `position_ids` and more.
+    """
+    if _records():
+        return alibi_eager(module, query, key, value, attention_mask, **kwargs)
+    mask = _additive(module, query, key, attention_mask, kwargs)
+    attend = import_transformers("integrations.sdpa_attention").sdpa_attention_forward
+    return attend(module, query, key, value, mask, **kwargs)
+
+
+def alibi_eager(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> Output:
+    """Computes attention from its formula, and returns its weights; see `alibi_sdpa`.
+
+    Raises:
+        ValueError: the model wants something between scores and softmax that is not done here.
+    """
+    for extra in ("softcap", "s_aux"):
+        if kwargs.get(extra) is not None:
+            raise ValueError(f"ALiBi's eager attention has no {extra}, which this model needs")
+    mask = _additive(module, query, key, attention_mask, kwargs)
+    groups = query.size(1) // key.size(1)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (
+        query @ key.transpose(-1, -2) * (query.size(-1) ** -0.5 if scaling is None else scaling)
+    )
+    if mask is not None:
+        least = torch.finfo(scores.dtype).min
+        scores = scores.where(mask, least) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def alibi_flex(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> Output:
+    """Computes attention by FlexAttention, with no T x S tensor for the bias; see `alibi_sdpa`."""
+    attend = import_transformers("integrations.flex_attention").flex_attention_forward
+    bias = _bias_of(module)
+    if bias is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    if _records() or not hasattr(attention_mask, "seq_lengths"):  # No block mask was made.
+        return alibi_sdpa(module, query, key, value, attention_mask, **kwargs)
+    offset = getattr(attention_mask, "alibi_query_offset", None)
+    where = bias.positions(query, key, None, kwargs.get("position_ids"), offset)
+    term = _LazyTerm(bias.linear_bias(key.size(2)), *where, device=query.device)
+    return attend(module, query, key, value, attention_mask, position_bias=term, **kwargs)
+
+
+class _LazyTerm:
+    """A bias that is read number by number, as a tensor (B, H, T, S) would be."""
+
+    def __init__(
+        self, bias: AttentionBias, query: Positions, key: Positions, *, device: torch.device
+    ) -> None:
+        self._query = _two_dimensional(position_tensor(query, device))  # (1 or B, T)
+        self._key = _two_dimensional(position_tensor(key, device))  # (1 or B, S)
+        # The slopes of a bias that is linear on either side are its values at distance 1.
+        one = torch.ones(1, device=device)
+        self._left = -bias.dense(one, 0 * one, device=device).flatten()  # (H,)
+        self._right = -bias.dense(0 * one, one, device=device).flatten()
+
+    def __getitem__(self, index: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        row, head, query, key = index
+        zero = torch.zeros_like(row)
+        query_row = row if self._query.size(0) > 1 else zero
+        key_row = row if self._key.size(0) > 1 else zero
+        distance = self._query[query_row, query] - self._key[key_row, key]
+        return torch.where(distance > 0, -self._left[head] * distance, self._right[head] * distance)
+
+
+def _two_dimensional(positions: torch.Tensor) -> torch.Tensor:
+    return positions if positions.dim() == 2 else positions.unsqueeze(0)
+
+
+def _bias_of(module: nn.Module) -> ScoreBias | None:
+    bias: ScoreBias | None = getattr(module, "alibi", None)
+    seen = getattr(_local, "seen", None)
+    if seen is not None:
+        seen.add(module)
+    return bias
+
+
+def _additive(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """Returns the mask with the module's bias in it, if it has one."""
+    bias = _bias_of(module)
+    if bias is None:
+        return mask
+    offset = getattr(module, "alibi_query_offset", None)
+    positions = kwargs.get("position_ids")
+    return bias.additive_mask(query, key, mask, position_ids=positions, query_offset=offset)
+
+
+# ---- masks ----
+
+
+def dense_mask(
+    *,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Returns transformers' mask for sdpa, bool (1 or B, 1, T, S), never left out if causal.
+
+    The bias of a query is told from it. Where a caller gives positions, the mask says only which
+    keys are padding, (B, 1, 1, S).
+
+    Args:
+        mask_function: who may see whom, by transformers' protocol; None is causal.
+        attention_mask: tokens that are no padding, (B, S).
+        kwargs: sizes, offsets and more, which differ among versions.
+
+    Raises:
+        ValueError: positions are given, and there is padding among other keys than theirs.
+    """
+    masking = import_transformers("masking_utils")
+    if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
+        attention_mask = None
+    if given_positions() is not None:
+        return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+    mask_function = mask_function or masking.causal_mask_function
+    is_plain = mask_function is masking.causal_mask_function
+    if attention_mask is None and is_plain:
+        kwargs["batch_size"] = 1  # All rows are alike.
+    kwargs["allow_is_causal_skip"] = False
+    return masking.sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+
+
+def flex_mask(**kwargs: Any) -> Any:
+    """Returns transformers' block mask for FlexAttention, with the place of its first query."""
+    if given_positions() is not None or _records():
+        return dense_mask(**kwargs)
+    block_mask = import_transformers("masking_utils").flex_attention_mask(**kwargs)
+    block_mask.alibi_query_offset = kwargs.get("q_offset", 0)
+    return block_mask
+
+
+def supports_flex() -> bool:
+    """Returns whether transformers' FlexAttention takes a bias, as it does since version 5."""
+    attend = import_transformers("integrations.flex_attention").flex_attention_forward
+    return "position_bias" in inspect.signature(attend).parameters

@@ -1,0 +1,148 @@
+"""Does the bias reach the scores, and is nothing else left that tells positions?
+
+The model reads some tokens, once as it is and once with one thing changed that must, or must not,
+change its output. Shapes: `B` rows, `T` tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fairseq.huggingface.attention import observing
+from fairseq.huggingface.bias import ScoreBias
+
+__all__ = ["Check", "biases_of", "probe", "whole_models"]
+
+Check = tuple[str, bool, str]
+"""What was checked, whether it is so, and what was measured."""
+
+_LENGTH = 12
+_SHIFT = 17
+# Largest relative difference that rounding makes between equal computations, with room.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+_HALF_TOLERANCE = 0.05
+
+
+def whole_models(root: nn.Module) -> list[Any]:
+    """Returns the models without heads that have attention with ALiBi, the outermost ones."""
+    found: list[Any] = []
+
+    def walk(module: nn.Module) -> None:
+        base = getattr(module, "base_model", None)
+        if isinstance(base, nn.Module) and hasattr(module, "config"):
+            if biases_of(base):
+                found.append(base)
+            return
+        for child in module.children():
+            walk(child)
+
+    walk(root)
+    return found
+
+
+def biases_of(module: nn.Module) -> dict[Any, ScoreBias]:
+    """Returns the bias of each attention module that has one."""
+    candidates = ((part, getattr(part, "alibi", None)) for part in module.modules())
+    return {part: bias for part, bias in candidates if isinstance(bias, ScoreBias)}
+
+
+def probe(model: nn.Module) -> Iterator[Check]:
+    """Checks a model whose forward takes `input_ids`; see `whole_models`.
+
+    The model is in evaluation mode meanwhile; no random numbers are drawn from global generators.
+
+    Yields:
+        One check after the other.
+    """
+    biases = biases_of(model)
+    with _evaluating(model), torch.no_grad():
+        with observing() as seen:
+            plain = _output(model)
+        missing = [part for part in biases if part not in seen]
+        yield (
+            "attention asks for its bias",
+            not missing,
+            f"{len(biases) - len(missing)} of {len(biases)} modules",
+        )
+        noise = _difference(_output(model), plain)
+        with _strength(biases.values(), 0.0):
+            none = _output(model)
+            unbiased = _difference(none, plain)
+            moved = _difference(_output(model, step=3), none) if _takes_positions(model) else None
+        yield (
+            "bias changes the output",
+            unbiased > 3 * noise,
+            f"output moves by {unbiased:.1e}, of itself by {noise:.1e}",
+        )
+        if moved is None:
+            return
+        limit = _TOLERANCE.get(plain.dtype, _HALF_TOLERANCE)
+        shifted = _difference(_output(model, start=_SHIFT), plain)
+        for what, difference in (
+            ("only distances count", shifted),
+            ("nothing else tells positions", moved),
+        ):
+            yield what, difference <= limit, f"difference {difference:.1e}, allowed {limit:.1e}"
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in training:
+            module.training = was_training
+
+
+@contextmanager
+def _strength(biases: Iterable[ScoreBias], strength: float) -> Iterator[None]:
+    biases = list(biases)
+    for bias in biases:
+        bias.strength = strength
+    try:
+        yield
+    finally:
+        for bias in biases:
+            bias.strength = 1.0
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _output(model: Any, *, start: int | None = None, step: int = 1) -> torch.Tensor:
+    """Returns the hidden states (1, T, D) for tokens that stand at start, start + step, ..."""
+    tokens = _tokens(model)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    if start is not None or step != 1:
+        ids = (start or 0) + step * torch.arange(_LENGTH, device=tokens.device)
+        inputs["position_ids"] = ids.unsqueeze(0)
+    output: torch.Tensor = model(**inputs)[0]
+    return output
+
+
+def _tokens(model: Any) -> torch.Tensor:
+    device = model.get_input_embeddings().weight.device
+    size = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(size, (1, _LENGTH), generator=generator)
+    padding = getattr(model.config, "pad_token_id", None)
+    if padding is not None:
+        ids[ids == padding] = (padding + 1) % size
+    return ids.to(device)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the root mean square difference relative to what is expected."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
