@@ -551,10 +551,11 @@ def check_dictionary(state: Mapping[str, Any], dictionary: Any, path: str) -> No
 
 
 def vocabulary_size(model_state: Mapping[str, torch.Tensor]) -> int | None:
-    """Returns the rows of the decoder's input embeddings, over all bands."""
-    whole = model_state.get("decoder.embed_tokens.weight")
-    if whole is not None:
-        return int(whole.size(0))
+    """Returns the rows of the input embeddings of what reads the source, over all bands."""
+    for side in ("encoder", "decoder"):
+        whole = model_state.get(f"{side}.embed_tokens.weight")
+        if whole is not None:
+            return int(whole.size(0))
     bands = [
         tensor.size(0)
         for name, tensor in model_state.items()

@@ -191,14 +191,16 @@ def _table(package: str, *names: str, **elsewhere: str) -> dict[str, str]:
 
 TASKS = Registry(
     "task",
-    _table("fairseq.tasks", "language_modeling"),
+    _table("fairseq.tasks", "language_modeling", "translation"),
     base_class="fairseq.tasks.fairseq_task:FairseqTask",
-    unsupported={"translation": "this project trains and evaluates language models"},
 )
 
 MODELS = Registry(
     "model",
-    {"transformer_lm": "fairseq.models.transformer.transformer_lm"},
+    {
+        "transformer": "fairseq.models.transformer.transformer_model",
+        "transformer_lm": "fairseq.models.transformer.transformer_lm",
+    },
     base_class="fairseq.models.base:BaseFairseqModel",
 )
 
@@ -229,6 +231,19 @@ ARCHITECTURES = ArchitectureRegistry(
                 "gpt3_175",
             )
         },
+        **dict.fromkeys(
+            (
+                "transformer",
+                "transformer_tiny",
+                "transformer_iwslt_de_en",
+                "transformer_wmt_en_de",
+                "transformer_vaswani_wmt_en_de_big",
+                "transformer_vaswani_wmt_en_fr_big",
+                "transformer_wmt_en_de_big",
+                "transformer_wmt_en_de_big_t2t",
+            ),
+            "fairseq.models.transformer_archs",
+        ),
     },
     unsupported={
         "transformer_lm_megatron": "it needs the Megatron fork's model-parallel package",

@@ -19,6 +19,7 @@ _MODULE_OF = {
     "ConcatDataset": "concat_dataset",
     "TokenBlockDataset": "token_block_dataset",
     "MonolingualDataset": "monolingual_dataset",
+    "LanguagePairDataset": "language_pair_dataset",
     "LMContextWindowDataset": "context_windows",
     "LMInferenceDataset": "inference_dataset",
     "TruncateDataset": "shorten_dataset",

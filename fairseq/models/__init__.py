@@ -11,6 +11,7 @@ from fairseq.models.base import (
     FairseqIncrementalDecoder,
     FairseqLanguageModel,
 )
+from fairseq.models.encoder_decoder import FairseqEncoder, FairseqEncoderDecoderModel
 from fairseq.registry import ARCHITECTURES, MODELS
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "MODEL_REGISTRY",
     "BaseFairseqModel",
     "FairseqDecoder",
+    "FairseqEncoder",
+    "FairseqEncoderDecoderModel",
     "FairseqIncrementalDecoder",
     "FairseqLanguageModel",
     "build_model",

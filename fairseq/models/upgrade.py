@@ -20,12 +20,14 @@ __all__ = [
     "upgrade_state_dict",
 ]
 
-_LAYER = re.compile(r"^(.*\.layers\.)(\d+)(\..*)$")
+_LAYER = {
+    side: re.compile(rf"^((?:.*\.)?{side}\.layers\.)(\d+)(\..*)$")
+    for side in ("encoder", "decoder")
+}
 _OLD_LAYER_NORM = re.compile(r"^(.*\.layers\.\d+\.)layer_norms\.([012])(\..*)$")
 _LAYER_NORM_NAMES = {
-    "0": "self_attn_layer_norm",
-    "1": "encoder_attn_layer_norm",
-    "2": "final_layer_norm",
+    "encoder": ["self_attn_layer_norm", "final_layer_norm"],
+    "decoder": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
 }
 
 
@@ -48,13 +50,20 @@ def upgrade_state_dict(module: nn.Module, state_dict: dict[str, Any], name: str 
         upgrade_state_dict(child, state_dict, path)
 
 
-def rename_layer_norms(state_dict: dict[str, Any], name: str) -> None:
-    """Renames the numbered layer norms of old checkpoints."""
+def rename_layer_norms(state_dict: dict[str, Any], name: str, side: str = "decoder") -> None:
+    """Renames the numbered layer norms of old checkpoints.
+
+    Args:
+        state_dict: changed in place.
+        name: what the names of the encoder or decoder start with, without the last dot.
+        side: `encoder` or `decoder`.
+    """
+    names = _LAYER_NORM_NAMES[side]
     for key in list(state_dict):
         found = _OLD_LAYER_NORM.match(key)
         if found and key.startswith(name + "."):
             start, number, end = found.groups()
-            state_dict[f"{start}{_LAYER_NORM_NAMES[number]}{end}"] = state_dict.pop(key)
+            state_dict[f"{start}{names[int(number)]}{end}"] = state_dict.pop(key)
 
 
 def fit_position_table(
@@ -96,7 +105,8 @@ def _take_number_of_rows(weight: torch.Tensor, stored: torch.Tensor | None) -> N
 def prune_layers(state_dict: dict[str, Any], cfg: Any) -> dict[str, Any]:
     """Keeps the layers that `decoder_layers_to_keep` lists, numbered anew from 0.
 
-    The setting is cleared then, since the model that is saved next has no other layers.
+    `encoder_layers_to_keep` does so for an encoder. The settings are cleared then, since the model
+    that is saved next has no other layers.
 
     Args:
         state_dict: names and tensors.
@@ -109,34 +119,40 @@ def prune_layers(state_dict: dict[str, Any], cfg: Any) -> dict[str, Any]:
     Raises:
         ValueError: a listed layer does not exist.
     """
-    listed = getattr(cfg, "decoder_layers_to_keep", None)
-    if not listed:
-        return state_dict
-    keep = layers_to_keep(listed)
-    present = sorted({int(m.group(2)) for m in map(_LAYER.match, state_dict) if m})
+    for side in ("encoder", "decoder"):
+        listed = getattr(cfg, f"{side}_layers_to_keep", None)
+        if listed:
+            state_dict = _prune_side(state_dict, side, listed)
+            setattr(cfg, f"{side}_layers_to_keep", None)
+    return state_dict
+
+
+def _prune_side(state_dict: dict[str, Any], side: str, listed: str) -> dict[str, Any]:
+    flag = f"--{side}-layers-to-keep"
+    keep = layers_to_keep(listed, flag)
+    found = {key: match for key in state_dict if (match := _LAYER[side].match(key))}
+    present = sorted({int(match.group(2)) for match in found.values()})
     if len(present) == len(keep):
-        cfg.decoder_layers_to_keep = None
         return state_dict
     missing = [str(layer) for layer in keep if layer not in present]
     if missing:
         raise ValueError(
-            f"--decoder-layers-to-keep {listed}: the checkpoint has {len(present)} layers, counted "
-            f"from 0, but no {', '.join(missing)}"
+            f"{flag} {listed}: the checkpoint has {len(present)} layers, counted from 0, but no "
+            f"{', '.join(missing)}"
         )
     renumbered = {old: new for new, old in enumerate(keep)}
     pruned = {}
     for key, value in state_dict.items():
-        found = _LAYER.match(key)
-        if not found:
+        if key not in found:
             pruned[key] = value
-        elif int(found.group(2)) in renumbered:
-            start, number, end = found.groups()
+            continue
+        start, number, end = found[key].groups()
+        if int(number) in renumbered:
             pruned[f"{start}{renumbered[int(number)]}{end}"] = value
-    cfg.decoder_layers_to_keep = None
     return pruned
 
 
-def layers_to_keep(listed: str) -> list[int]:
+def layers_to_keep(listed: str, flag: str = "--decoder-layers-to-keep") -> list[int]:
     """Reads a list of layers such as "0,2,4"; returns them ascending.
 
     Raises:
@@ -144,7 +160,5 @@ def layers_to_keep(listed: str) -> list[int]:
     """
     parts = [part.strip() for part in str(listed).split(",")]
     if not all(part.isdigit() for part in parts) or len(set(map(int, parts))) != len(parts):
-        raise ValueError(
-            f"--decoder-layers-to-keep {listed!r} is not a list of different layers such as 0,2,4"
-        )
+        raise ValueError(f"{flag} {listed!r} is not a list of different layers such as 0,2,4")
     return sorted(map(int, parts))

@@ -24,8 +24,8 @@ def build_scorer(choice: Any, tgt_dict: Any = None) -> BaseScorer:
     Raises:
         ValueError: there is no such scorer.
     """
-    name = choice if isinstance(choice, str) else getattr(choice, "_name", None)
-    name = name or getattr(choice, "scoring", None) or SCORERS.default
+    named = choice if isinstance(choice, str) else getattr(choice, "_name", None)
+    name = str(named or getattr(choice, "scoring", None) or SCORERS.default)
     cls = SCORERS.find(name)
     cfg = SCORERS.dataclass_of(name)
     settings = choice if choice is not None and not isinstance(choice, str) else None

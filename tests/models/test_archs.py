@@ -58,7 +58,8 @@ def meta_model(args, vocab_size):
 
 
 def test_every_arch_is_tested():
-    assert {f"transformer_lm_{name}" for name in ROWS} | {"transformer_lm"} == set(ARCHITECTURES)
+    language_models = {name for name in ARCHITECTURES if name.startswith("transformer_lm")}
+    assert {f"transformer_lm_{name}" for name in ROWS} | {"transformer_lm"} == language_models
 
 
 @pytest.mark.parametrize("name", list(ROWS))

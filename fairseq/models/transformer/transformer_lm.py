@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from fairseq.attention import BACKENDS
 from fairseq.dataclass import II, is_interpolated
 from fairseq.models.base import FairseqLanguageModel
+from fairseq.models.transformer.settings import complete
 from fairseq.models.transformer.transformer_decoder import TransformerDecoder
 from fairseq.models.upgrade import layers_to_keep
 from fairseq.modules import AdaptiveInput, Embedding
@@ -161,7 +161,7 @@ class TransformerLanguageModel(FairseqLanguageModel):
         if _missing(getattr(cfg, "max_target_positions", None)):
             limit = getattr(cfg, "tokens_per_sample", None)
             cfg.max_target_positions = None if _missing(limit) else limit
-        settings = complete(cfg)
+        settings = complete(cfg, TransformerLanguageModelConfig)
         check(settings)
         embed_tokens = cls.build_embedding(settings, task.source_dictionary)
         return cls(TransformerDecoder(settings, task.target_dictionary, embed_tokens))
@@ -186,17 +186,6 @@ class TransformerLanguageModel(FairseqLanguageModel):
 
 def _missing(value: Any) -> bool:
     return value is None or is_interpolated(value)
-
-
-def complete(cfg: Any) -> TransformerLanguageModelConfig:
-    """Returns the settings with every field set, as a dataclass; older settings lack some."""
-    filled: dict[str, Any] = {}
-    for each in dataclasses.fields(TransformerLanguageModelConfig):
-        default = TransformerLanguageModelConfig.default_of(each)
-        default = None if is_interpolated(default) else default
-        value = getattr(cfg, each.name, default)
-        filled[each.name] = default if value is None or is_interpolated(value) else value
-    return TransformerLanguageModelConfig(**filled)
 
 
 def check(cfg: TransformerLanguageModelConfig) -> None:
