@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fairseq.evaluation.passkey import TASKS, Accuracy, documents, evaluate, vocabulary
+from fairseq.evaluation.plot_passkey import plot_accuracy
 from fairseq_cli._run import run_command
 
 
@@ -111,6 +112,7 @@ def run(options: argparse.Namespace) -> None:
         f"--srcdict {words} --destdir {destination}"
     )
     report = []
+    drawn: dict[str, list[Accuracy]] = {}
     for method in options.methods:
         save_dir = folder / f"{options.task}-{method}"
         started_at = time.monotonic()
@@ -141,6 +143,18 @@ def run(options: argparse.Namespace) -> None:
             }
         )
         (folder / f"{options.task}.json").write_text(json.dumps(report, indent=1) + "\n")
+        drawn[method] = rows
+    draw(options, drawn, folder / f"{options.task}.png")
+
+
+def draw(options: argparse.Namespace, models: dict[str, list[Accuracy]], picture: Path) -> None:
+    """Draws the heat map; without matplotlib says what is missing."""
+    try:
+        plot_accuracy(models, f"{options.task}: answers that are right", picture)
+    except ImportError as error:
+        print(f"no picture: {error}", file=sys.stderr)
+    else:
+        print(f"picture   {picture}")
 
 
 def numbers(kind: type) -> type:
@@ -176,6 +190,7 @@ def main() -> None:
     evaluating.add_argument("data", type=Path, help="folder of the binarized text")
     evaluating.add_argument("--path", type=Path, required=True, help="checkpoint")
     evaluating.add_argument("--results-path", type=Path, help="file for the rows, as JSON")
+    evaluating.add_argument("--picture", type=Path, help="file for a heat map")
     running = commands.add_parser(
         "run", parents=[making, asking], conflict_handler="resolve", help="everything"
     )
@@ -195,6 +210,8 @@ def main() -> None:
         if options.results_path is not None:
             report = [dataclasses.asdict(row) for row in rows]
             options.results_path.write_text(json.dumps(report, indent=1) + "\n")
+        if options.picture is not None:
+            draw(options, {options.path.parent.name: rows}, options.picture)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,16 @@ def test_everything_in_small(passkey, tmp_path):
     assert cells == [(16, 0.0, 3), (16, 1.0, 3), (40, 0.0, 3), (40, 1.0, 3)]
     assert "| length | depth 0 | depth 1 | tokens |" in printed
     assert "$ fairseq-train" in printed
+    assert (folder / "passkey.png").read_bytes().startswith(b"\x89PNG")
 
     checkpoint = folder / "passkey-alibi/checkpoint_last.pt"
     rows = tmp_path / "rows.json"
-    passkey("evaluate", folder / "data-bin", "--path", checkpoint, *asked, "--results-path", rows)
+    kept = ["--results-path", rows, "--picture", tmp_path / "map.svg"]
+    passkey("evaluate", folder / "data-bin", "--path", checkpoint, *asked, *kept)
     assert json.loads(rows.read_text()) == report["rows"]
+    shares = {f"{row['exact']:.0%}" for row in report["rows"]}
+    picture = (tmp_path / "map.svg").read_text()
+    assert all(f"<!-- {share} -->" in picture for share in shares)
 
 
 def test_what_cannot_be_made_is_refused(passkey, tmp_path):
