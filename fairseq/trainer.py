@@ -61,6 +61,7 @@ class Trainer:
         self._check_sharding(criterion)
         self._criterion: Any = self._prepare(criterion)
         self._model: Any = self._cut(self._prepare(model))
+        self._sequence_sharing = self._share_sequences()
         reports.log_shared_parameters(model)
 
         self._wrapped: dict[str, nn.Module] = {}
@@ -179,6 +180,21 @@ class Trainer:
 
             apply_tensor_parallel(model, mesh.submesh("tp"))
         return model
+
+    def _share_sequences(self) -> Any:
+        """Has the model compute its part of every sequence, where workers share them."""
+        mesh = distributed_utils.get_mesh()
+        if mesh is None or mesh.group("sp") is None:
+            return None
+        from fairseq.model_parallel.sequence_parallel import SequenceParallelContextManager
+
+        distributed = self.cfg.distributed_training
+        return SequenceParallelContextManager(
+            self._model,
+            ring_attn_func=distributed.sequence_parallel_attention,
+            layout=distributed.sequence_parallel_layout,
+            device_mesh=mesh.device_mesh,
+        ).__enter__()
 
     def _prepare(self, module: nn.Module) -> nn.Module:
         """Moves a module to the device; converts it, unless sharding will do that."""
@@ -436,6 +452,8 @@ class Trainer:
         if is_dummy:
             sample = self._dummy_batch
             assert sample, "workers without a batch need a dummy batch"
+        if self._sequence_sharing is not None:
+            sample = self._sequence_sharing.cut(sample)
         if self.cuda:
             sample = utils.move_to_cuda(sample, device=self.device)
         if self.half_type is not None:
@@ -463,7 +481,7 @@ class Trainer:
         """
         with metrics.aggregate("train"):
             self._beat()
-            utils.set_torch_seed(self.cfg.common.seed + self._num_updates)
+            self._seed()
             set_dropout_worker(distributed_utils.get_rank(self.gradient_process_group))
             self.model.train()
             self.criterion.train()
@@ -498,6 +516,14 @@ class Trainer:
             scale = self.optimizer.scaler.loss_scale
             metrics.log_scalar("loss_scale", scale, priority=700, round=4, weight=0)
         return logged
+
+    def _seed(self) -> None:
+        """Seeds random numbers for this update."""
+        seed = self.cfg.common.seed + self._num_updates
+        if self._sequence_sharing is None:
+            utils.set_torch_seed(seed)
+        else:
+            self._sequence_sharing.seed(seed)
 
     def _accumulate_gradients(
         self, samples: list[Any], raise_oom: bool
@@ -545,7 +571,7 @@ class Trainer:
 
     def _may_skip_batches(self) -> bool:
         """Whether this worker can leave a backward pass out without stopping the others."""
-        if self.tensor_parallel_group is not None:
+        if distributed_utils.get_mesh() is not None:
             return False
         backend = self.cfg.distributed_training.ddp_backend
         return self.gradient_world_size == 1 or backend in ("legacy_ddp", "no_c10d")
@@ -592,7 +618,7 @@ class Trainer:
     def _locate_non_finite(self, samples: list[Any]) -> None:
         """Repeats the batches and logs which module makes them go wrong."""
         self.zero_grad()
-        utils.set_torch_seed(self.cfg.common.seed + self._num_updates)
+        self._seed()
         with NanDetector(self._model):
             for sample in samples:
                 self._forward_backward(sample)
@@ -641,7 +667,8 @@ class Trainer:
             try:
                 _, size, output = self.task.valid_step(on_device, self.model, self.criterion)
             except RuntimeError as error:
-                if not _is_out_of_memory(error) or raise_oom:
+                may_repeat = distributed_utils.get_mesh() is None
+                if not _is_out_of_memory(error) or raise_oom or not may_repeat:
                     raise
                 self._recover_from_oom(error)
                 return self.valid_step(sample, raise_oom=True)
@@ -698,7 +725,10 @@ class Trainer:
         self._start_time = time.time()
 
     def close(self) -> None:
-        """Ends what runs beside the training."""
+        """Ends what runs beside the training, and leaves the model as it was."""
+        if self._sequence_sharing is not None:
+            self._sequence_sharing.__exit__()
+            self._sequence_sharing = None
         if self._heartbeat is not None:
             self._heartbeat.close()
 

@@ -116,6 +116,8 @@ DISTRIBUTED = """
 --data-parallel ddp
 --tensor-parallel-size 3
 --sequence-parallel-size 3
+--sequence-parallel-attention ring
+--sequence-parallel-layout zigzag
 """
 DISTRIBUTED_REFUSED = """
 --ddp-backend slow_mo
@@ -340,6 +342,7 @@ CAME_ALONG = {
         --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
         --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
         --data-parallel --tensor-parallel-size --sequence-parallel-size
+        --sequence-parallel-attention --sequence-parallel-layout
         --max-target-positions
     """,
     "validate": """
@@ -355,6 +358,7 @@ CAME_ALONG = {
         --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
         --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
         --data-parallel --tensor-parallel-size --sequence-parallel-size
+        --sequence-parallel-attention --sequence-parallel-layout
     """,
 }
 

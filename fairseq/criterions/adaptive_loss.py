@@ -9,7 +9,11 @@ from typing import Any
 import torch
 
 from fairseq.criterions.adaptive_nll import adaptive_nll
-from fairseq.criterions.fairseq_criterion import FairseqCriterion, log_loss_and_perplexity
+from fairseq.criterions.fairseq_criterion import (
+    FairseqCriterion,
+    count_rows,
+    log_loss_and_perplexity,
+)
 from fairseq.dataclass import II, FairseqDataclass
 from fairseq.distributed import utils as distributed_utils
 from fairseq.registry import CRITERIONS
@@ -52,7 +56,8 @@ class AdaptiveLoss(FairseqCriterion):
                 a tail without targets in a batch has none.
         """
         is_torch_ddp = getattr(cfg, "ddp_backend", None) in ("c10d", "pytorch_ddp")
-        if is_torch_ddp and distributed_utils.get_data_parallel_world_size() > 1:
+        num_workers = distributed_utils.get_world_size(distributed_utils.get_gradient_group())
+        if is_torch_ddp and num_workers > 1:
             raise ValueError(
                 f"--criterion adaptive_loss does not work with --ddp-backend {cfg.ddp_backend} on "
                 "several workers, because a tail without targets in a batch gets no gradient; use "
@@ -71,7 +76,7 @@ class AdaptiveLoss(FairseqCriterion):
             )
         net_output = model(**sample["net_input"])
         target = model.get_targets(sample, net_output)  # (B, T)
-        num_rows = target.size(0)
+        num_rows = count_rows(sample, target)
         target = target.reshape(-1)
         loss = adaptive_nll(
             softmax,

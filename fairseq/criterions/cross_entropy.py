@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from fairseq.criterions.adaptive_nll import adaptive_nll
-from fairseq.criterions.fairseq_criterion import FairseqCriterion, log_loss_and_perplexity
+from fairseq.criterions.fairseq_criterion import (
+    FairseqCriterion,
+    count_rows,
+    log_loss_and_perplexity,
+)
 from fairseq.dataclass import II, FairseqDataclass
 from fairseq.registry import CRITERIONS
 
@@ -45,11 +49,12 @@ class CrossEntropyCriterion(FairseqCriterion):
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
         net_output = model(**sample["net_input"])
         loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
-        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        num_rows = count_rows(sample, sample["target"])
+        sample_size = num_rows if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": loss.detach(),
             "ntokens": sample["ntokens"],
-            "nsentences": sample["target"].size(0),
+            "nsentences": num_rows,
             "sample_size": sample_size,
         }
         return loss, sample_size, logging_output

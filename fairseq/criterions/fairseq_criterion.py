@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from fairseq import utils
 from fairseq.logging import metrics
 
-__all__ = ["FairseqCriterion", "log_loss_and_perplexity", "log_perplexity"]
+__all__ = ["FairseqCriterion", "count_rows", "log_loss_and_perplexity", "log_perplexity"]
 
 
 class FairseqCriterion(nn.Module):
@@ -84,6 +84,14 @@ class FairseqCriterion(nn.Module):
     def logging_outputs_can_be_summed() -> bool:
         """Tells whether the logging outputs may be added up key by key before `reduce_metrics`."""
         return False
+
+
+def count_rows(sample: Mapping[str, Any], target: torch.Tensor) -> int:
+    """Returns how many rows of targets (B, T) this worker counts.
+
+    Of the workers that share the rows' sequences, one counts them all (`num_rows` in the batch).
+    """
+    return int(sample.get("num_rows", target.size(0)))
 
 
 def log_loss_and_perplexity(logging_outputs: Sequence[dict[str, Any]]) -> None:

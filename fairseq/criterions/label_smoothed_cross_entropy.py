@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fairseq.criterions.fairseq_criterion import FairseqCriterion, log_perplexity
+from fairseq.criterions.fairseq_criterion import FairseqCriterion, count_rows, log_perplexity
 from fairseq.dataclass import II, FairseqDataclass
 from fairseq.logging import metrics
 from fairseq.registry import CRITERIONS
@@ -115,12 +115,13 @@ class LabelSmoothedCrossEntropyCriterion(FairseqCriterion):
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
         net_output = model(**sample["net_input"])
         loss, nll_loss = self.compute_loss(model, net_output, sample, reduce=reduce)
-        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        num_rows = count_rows(sample, sample["target"])
+        sample_size = num_rows if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": loss.detach(),
             "nll_loss": nll_loss.detach(),
             "ntokens": sample["ntokens"],
-            "nsentences": sample["target"].size(0),
+            "nsentences": num_rows,
             "sample_size": sample_size,
         }
         if self.report_accuracy:
@@ -136,8 +137,10 @@ class LabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         lprobs = model.get_normalized_probs(net_output, log_probs=True)  # (B, T, V)
         target = model.get_targets(sample, net_output)  # (B, T)
         if self.ignore_prefix_size > 0:
-            lprobs = lprobs[:, self.ignore_prefix_size :]
-            target = target[:, self.ignore_prefix_size :]
+            # A worker that shares sequences with others has only some of their columns.
+            columns = sample["net_input"].get("columns", range(target.size(1)))
+            is_counted = torch.as_tensor(list(columns)) >= self.ignore_prefix_size
+            lprobs, target = lprobs[:, is_counted], target[:, is_counted]
         return lprobs.reshape(-1, lprobs.size(-1)), target.reshape(-1)
 
     def compute_loss(

@@ -282,6 +282,20 @@ class DistributedTrainingConfig(FairseqDataclass):
 
 
 @dataclass
+    sequence_parallel_attention: str = _option(
+        "allgather",
+        "how they attend to each other's tokens: allgather has all keys come to each, ring hands "
+        "them round (least memory), ulysses exchanges columns for heads",
+        choices=["allgather", "ring", "ulysses"],
+        extension=True,
+    )
+    sequence_parallel_layout: str = _option(
+        "contiguous",
+        "which tokens each of them holds: successive ones, or zigzag, an early and a late part, "
+        "which balances the work of causal attention in a ring",
+        choices=["contiguous", "zigzag"],
+        extension=True,
+    )
 class DatasetConfig(FairseqDataclass):
     """Which data, in which batches, and when to validate."""
 

@@ -11,16 +11,25 @@ Shapes: `B` rows, `H` heads, `T` queries, `S` keys of the block, `K` head width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from fairseq.attention import AttentionBias, AttentionRule, MaskRule, Positions
 from fairseq.attention.coordinates import at_columns
 from fairseq.attention.mask import hidden_keys, join
-from fairseq.model_parallel.learned_bias import with_tensors
 
-__all__ = ["BlockScores", "Places", "RunningSoftmax", "accumulate_gradients", "tiles"]
+__all__ = [
+    "BlockScores",
+    "Gradients",
+    "Known",
+    "Places",
+    "RunningSoftmax",
+    "Tile",
+    "accumulate_gradients",
+    "sum_type",
+    "tiles",
+]
 
 TILE_ELEMENTS = 1 << 21
 """Most scores that are held at once, 8 MiB in float32."""
@@ -40,13 +49,28 @@ class Places:
     is_padding: torch.Tensor | None = None
     documents: torch.Tensor | None = None
 
-    def at(self, columns: range) -> Places:
-        """Returns the places of some successive columns."""
+    def at(self, columns: Positions) -> Places:
+        """Returns the places of some columns."""
         return Places(
             at_columns(self.positions, columns),
             None if self.is_padding is None else at_columns(self.is_padding, columns),
             None if self.documents is None else at_columns(self.documents, columns),
         )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some successive queries against a block of keys.
+
+    Attributes:
+        rows: which of the T queries.
+        queries: where those stand.
+        keys: where the S keys stand.
+    """
+
+    rows: slice
+    queries: Places
+    keys: Places
 
 
 @dataclass(frozen=True)
@@ -76,25 +100,20 @@ class BlockScores:
             return True
         return len(query) > 0 and len(key) > 0 and key[0] <= query[-1]
 
-    def scores(
-        self, q: torch.Tensor, k: torch.Tensor, queries: Places, keys: Places
-    ) -> torch.Tensor:
+    def scores(self, q: torch.Tensor, k: torch.Tensor, tile: Tile) -> torch.Tensor:
         """Returns scores (B, H, T, S) in the type of sums, -inf where a key is not seen."""
         dtype = sum_type(q)
         scores = torch.matmul(q.to(dtype) * self.scale, k.to(dtype).transpose(-2, -1))
         scores += join(
             self.bias,
             self.rule,
-            queries.positions,
-            keys.positions,
+            tile.queries.positions,
+            tile.keys.positions,
             dtype=dtype,
             device=q.device,
         )
-        is_hidden = hidden_keys(
-            keys.is_padding,
-            queries.documents if keys.documents is not None else None,
-            keys.documents,
-        )
+        keys = tile.keys
+        is_hidden = hidden_keys(keys.is_padding, tile.queries.documents, keys.documents)
         return scores if is_hidden is None else scores.masked_fill_(is_hidden, -torch.inf)
 
     def kept(self, like: torch.Tensor) -> torch.Tensor | None:
@@ -133,18 +152,11 @@ class RunningSoftmax:
         self.lse = self.out.new_full(q.shape[:-1], -torch.inf)
 
     def add(
-        self,
-        rows: range,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        block: BlockScores,
-        queries: Places,
-        keys: Places,
+        self, tile: Tile, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: BlockScores
     ) -> None:
-        """Takes a block of keys and values (B, H, S, K) into account, for the queries `rows`."""
-        here = slice(rows.start, rows.stop)
-        weights = block.scores(q[:, :, here], k, queries.at(rows), keys)  # (B, H, t, S)
+        """Takes a block of keys and values (B, H, S, K) into account, for a tile of queries."""
+        here = tile.rows
+        weights = block.scores(q[:, :, here], k, tile)  # (B, H, t, S)
         lse = torch.logsumexp(weights, dim=-1)
         weights.sub_(_finite(lse).unsqueeze(-1)).exp_()
         kept = block.kept(weights)
@@ -176,77 +188,77 @@ class Gradients:
     learned: Sequence[torch.Tensor] = ()
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a backward pass knows of all blocks together.
+
+    Attributes:
+        lse: log-sum-exp of the scores, (B, H, T).
+        grad_out: gradient of the output, (B, H, T, K), in the type of sums.
+        mean_grad: product of output and its gradient, summed over K, (B, H, T).
+        learned: the bias's learned tensors, as leaves.
+    """
+
+    lse: torch.Tensor
+    grad_out: torch.Tensor
+    mean_grad: torch.Tensor
+    learned: Sequence[torch.Tensor] = ()
+
+
 def accumulate_gradients(
-    rows: range,
+    tile: Tile,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     block: BlockScores,
-    queries: Places,
-    keys: Places,
-    *,
-    lse: torch.Tensor,
-    grad_out: torch.Tensor,
-    mean_grad: torch.Tensor,
-    learned: Sequence[torch.Tensor],
+    known: Known,
     into: Gradients,
 ) -> None:
-    """Adds the gradients of a block of keys, for the queries `rows`.
+    """Adds the gradients of a block of keys, for a tile of queries.
 
     Args:
-        rows: which of the T queries.
+        tile: which of the T queries, and where they and the S keys stand.
         q: (B, H, T, K).
         k: (B, H, S, K).
         v: (B, H, S, K).
         block: as in the forward pass, with a generator in the same state.
-        queries: where the T queries stand.
-        keys: where the S keys stand.
-        lse: log-sum-exp over all blocks, (B, H, T).
-        grad_out: gradient of the output, (B, H, T, K), in the type of sums.
-        mean_grad: product of output and its gradient, summed over K, (B, H, T).
-        learned: the bias's learned tensors, as leaves.
+        known: of all blocks.
         into: what is added to.
     """
-    here = slice(rows.start, rows.stop)
+    here = tile.rows
     dtype = sum_type(q)
-    q_rows, k, v, grad_rows = q[:, :, here].to(dtype), k.to(dtype), v.to(dtype), grad_out[:, :, here]
-    places = queries.at(rows)
-    weights = block.scores(q_rows, k, places, keys)  # (B, H, t, S)
-    weights.sub_(_finite(lse[:, :, here]).unsqueeze(-1)).exp_()
+    q_rows, grad_rows = q[:, :, here].to(dtype), known.grad_out[:, :, here]
+    k, v = k.to(dtype), v.to(dtype)
+    weights = block.scores(q_rows, k, tile)  # (B, H, t, S)
+    weights.sub_(_finite(known.lse[:, :, here]).unsqueeze(-1)).exp_()
     grad = torch.matmul(grad_rows, v.transpose(-2, -1))
     kept = block.kept(weights)
     dropped = weights if kept is None else weights * kept
     into.v += torch.matmul(dropped.transpose(-2, -1), grad_rows)
     if kept is not None:
         grad.mul_(kept)
-    grad.sub_(mean_grad[:, :, here].unsqueeze(-1)).mul_(weights)  # of the scores
+    grad.sub_(known.mean_grad[:, :, here].unsqueeze(-1)).mul_(weights)  # of the scores
     into.q[:, :, here] += torch.matmul(grad, k).mul_(block.scale)
     into.k += torch.matmul(grad.transpose(-2, -1), q_rows).mul_(block.scale)
-    if learned:
-        _accumulate_learned(grad, block, places, keys, learned, into.learned)
+    if known.learned:
+        _accumulate_learned(grad, block, tile, known.learned, into.learned)
 
 
 def _accumulate_learned(
     grad: torch.Tensor,
     block: BlockScores,
-    queries: Places,
-    keys: Places,
+    tile: Tile,
     learned: Sequence[torch.Tensor],
     into: Sequence[torch.Tensor],
 ) -> None:
     with torch.enable_grad():
-        bias = with_tensors(block.bias, learned)
-        term = bias.dense(queries.positions, keys.positions, device=grad.device)
+        query_positions, key_positions = tile.queries.positions, tile.keys.positions
+        term = block.bias.dense(query_positions, key_positions, device=grad.device)
     grad_term = grad.sum_to_size(*([1] * (4 - term.dim())), *term.shape).view(term.shape)
     grads = torch.autograd.grad(term, learned, grad_term.to(term.dtype), allow_unused=True)
     for each, found in zip(into, grads, strict=True):
         if found is not None:
             each += found
-
-
-def detached(block: BlockScores, learned: Sequence[torch.Tensor]) -> BlockScores:
-    """Returns the same with a bias that no gradient flows into."""
-    return replace(block, bias=with_tensors(block.bias, [each.detach() for each in learned]))
 
 
 def _finite(lse: torch.Tensor) -> torch.Tensor:

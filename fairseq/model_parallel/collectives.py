@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["RingOfProcesses", "gather_columns", "swap_heads_and_columns", "total"]
 
+# Newer versions of torch have other names for the same.
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def gather_columns(x: torch.Tensor, group: ProcessGroup, dim: int) -> torch.Tensor:
     """Puts the parts of all processes behind each other along one axis, in the order of ranks.
@@ -67,7 +71,7 @@ class _Gather(torch.autograd.Function):
         ctx.group, ctx.dim = group, dim
         part = x.movedim(dim, 0).contiguous()
         whole = part.new_empty(dist.get_world_size(group) * part.size(0), *part.shape[1:])
-        dist.all_gather_into_tensor(whole, part, group=group)
+        _ALL_GATHER(whole, part, group=group)
         return whole.movedim(0, dim)
 
     @staticmethod
@@ -75,7 +79,7 @@ class _Gather(torch.autograd.Function):
         whole = grads[0].movedim(ctx.dim, 0).contiguous()
         size = dist.get_world_size(ctx.group)
         part = whole.new_empty(whole.size(0) // size, *whole.shape[1:])
-        dist.reduce_scatter_tensor(part, whole, group=ctx.group)
+        _REDUCE_SCATTER(part, whole, group=ctx.group)
         return part.movedim(0, ctx.dim), None, None
 
 
@@ -139,6 +143,8 @@ class RingOfProcesses:
 
     def hand_on(self, tensor: torch.Tensor) -> PendingExchange:
         """Starts to send a contiguous tensor to the next process, and to receive one like it."""
+        if self.size == 1:
+            return PendingExchange([], tensor, tensor)
         received = torch.empty_like(tensor)
         operations = [
             dist.P2POp(dist.isend, tensor, self._next, self.group),

@@ -241,7 +241,7 @@ def test_adaptive_loss_needs_an_adaptive_softmax():
 def test_adaptive_loss_refuses_torch_ddp_only_on_several_workers(monkeypatch, backend):
     cfg = AdaptiveLossConfig(_name="adaptive_loss", sentence_avg=False, ddp_backend=backend)
     assert isinstance(build_criterion(cfg, Task()), AdaptiveLoss)
-    monkeypatch.setattr(distributed_utils, "get_data_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(distributed_utils, "get_world_size", lambda group: 2)
     with pytest.raises(ValueError, match="--ddp-backend legacy_ddp"):
         build_criterion(cfg, Task())
     cfg.ddp_backend = "legacy_ddp"

@@ -1,0 +1,381 @@
+"""Attention backends for a sequence that is cut over several processes.
+
+A process computes the queries of its columns. `prepare` is told where its T queries and all S keys
+of the sequence stand; `attend` gets the keys and values of its own columns and brings those of the
+others in, in one of three ways:
+
+* `allgather`: every process gets all keys and values, and attends with any other backend.
+* `ulysses`: every process gets all columns of some heads, and attends with any other backend
+  (Jacobs et al. 2023, DeepSpeed Ulysses, arXiv:2309.14509).
+* `ring`: keys and values go round, see `fairseq/model_parallel/ring_attention.py`.
+
+Shapes: `B` rows, `H` heads, `G` processes, `T` columns of one of them, `S` = G T, `K` head width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from fairseq.attention import (
+    CAUSAL,
+    AttentionBackend,
+    AttentionBias,
+    AttentionRule,
+    Positions,
+    Prepared,
+)
+from fairseq.model_parallel.block_attention import BlockScores, Places
+from fairseq.model_parallel.collectives import (
+    RingOfProcesses,
+    gather_columns,
+    swap_heads_and_columns,
+)
+from fairseq.model_parallel.layout import SequenceLayout
+from fairseq.model_parallel.ring_attention import RingPlan, ring_attention
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "SCHEMES",
+    "AllGatherBackend",
+    "RingBackend",
+    "SequenceParallelBackend",
+    "UlyssesBackend",
+    "sequence_backend",
+]
+
+
+@dataclass(kw_only=True)
+class SequencePrepared(Prepared):
+    """What the other backend prepared, for each run of heads that is computed at once."""
+
+    parts: Sequence[Prepared]
+
+
+@dataclass(kw_only=True)
+class RingPrepared(Prepared):
+    """The plan of a ring, and what its scores are made of."""
+
+    plan: RingPlan
+    bias: AttentionBias
+    rule: AttentionRule
+
+
+class SequenceParallelBackend(AttentionBackend):
+    """What the three ways share.
+
+    Args:
+        inner: computes attention where all keys are there.
+        group: the processes that share a sequence.
+        layout: which columns each of them holds.
+    """
+
+    def __init__(
+        self, inner: AttentionBackend, group: ProcessGroup, layout: SequenceLayout
+    ) -> None:
+        self.inner = inner
+        self.group = group
+        self.layout = layout
+        self.rank = dist.get_rank(group)
+
+    def prepare(
+        self,
+        bias: AttentionBias,
+        query_positions: Positions,
+        key_positions: Positions,
+        *,
+        rule: AttentionRule = CAUSAL,
+        key_is_padding: torch.Tensor | None = None,
+        query_documents: torch.Tensor | None = None,
+        key_documents: torch.Tensor | None = None,
+        head_slice: slice | None = None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Prepared:
+        """See `AttentionBackend.prepare`.
+
+        Args:
+            query_positions: positions of this process's T queries, as the layout says.
+            key_positions: positions of all S keys, in the order of the sequence.
+
+        Raises:
+            ValueError: the queries are not this process's part of the keys.
+        """
+        num_queries, num_keys = _length(query_positions), _length(key_positions)
+        if num_queries * self.layout.size != num_keys:
+            raise ValueError(
+                f"{num_queries} queries are given for {num_keys} keys, but each of "
+                f"{self.layout.size} processes computes an equal part of a sequence; give whole "
+                "sequences, padded to a multiple, with `columns`, and no incremental state"
+            )
+        keys = Places(key_positions, key_is_padding, key_documents)
+        heads = (
+            slice(0, bias.num_heads, 1)
+            if head_slice is None
+            else slice(*head_slice.indices(bias.num_heads))
+        )
+        queries = Places(query_positions, None, query_documents)
+        options = {"rule": rule, "dtype": dtype, "device": device}
+        return self._prepare(bias, queries, keys, heads, options)
+
+    @abstractmethod
+    def _prepare(
+        self,
+        bias: AttentionBias,
+        queries: Places,
+        keys: Places,
+        heads: slice,
+        options: dict[str, Any],
+    ) -> Prepared:
+        """Prepares for queries of this process and all keys, in the order of the sequence."""
+
+    def _in_order_of_ranks(self, places: Places) -> Places:
+        """Returns the places of the columns of process 0, 1, ..., as collectives join them."""
+        if self.layout.num_segments == 1:
+            return places
+        return places.at(self.layout.order(_length(places.positions)))
+
+    def _inner_prepare(
+        self,
+        bias: AttentionBias,
+        queries: Places,
+        keys: Places,
+        heads: slice,
+        options: dict[str, Any],
+    ) -> Prepared:
+        return self.inner.prepare(
+            bias,
+            queries.positions,
+            keys.positions,
+            key_is_padding=keys.is_padding,
+            query_documents=queries.documents,
+            key_documents=keys.documents,
+            head_slice=None if heads == slice(0, bias.num_heads, 1) else heads,
+            **options,
+        )
+
+
+class AllGatherBackend(SequenceParallelBackend):
+    """Gathers keys and values, all heads at once or a few at a time.
+
+    Args:
+        inner: computes attention of T queries to S keys.
+        group: the processes.
+        layout: which columns each of them holds.
+        heads_k_stride: heads that are gathered at once; None is all of them. Fewer need less memory
+            for keys and values of the whole sequence, in more exchanges.
+
+    Raises:
+        ValueError: the stride is not positive.
+    """
+
+    name = "allgather"
+
+    def __init__(
+        self,
+        inner: AttentionBackend,
+        group: ProcessGroup,
+        layout: SequenceLayout,
+        heads_k_stride: int | None = None,
+    ) -> None:
+        super().__init__(inner, group, layout)
+        if heads_k_stride is not None and heads_k_stride < 1:
+            raise ValueError(f"heads_k_stride is {heads_k_stride}; it must be 1 or more")
+        self.heads_k_stride = heads_k_stride
+
+    def _prepare(
+        self,
+        bias: AttentionBias,
+        queries: Places,
+        keys: Places,
+        heads: slice,
+        options: dict[str, Any],
+    ) -> SequencePrepared:
+        ordered = self._in_order_of_ranks(keys)
+        return SequencePrepared(
+            self,
+            key_is_padding=keys.is_padding,
+            parts=[
+                self._inner_prepare(bias, queries, ordered, some, options)
+                for some in self._runs(heads)
+            ],
+        )
+
+    def _runs(self, heads: slice) -> list[slice]:
+        num_heads = heads.stop - heads.start
+        stride = self.heads_k_stride or num_heads
+        if num_heads % stride:
+            raise ValueError(
+                f"heads_k_stride {stride} does not divide the {num_heads} heads; use "
+                f"{_divisors(num_heads)}"
+            )
+        return [slice(i, i + stride, 1) for i in range(heads.start, heads.stop, stride)]
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        prepared: Prepared,
+        *,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        assert isinstance(prepared, SequencePrepared)
+        num_parts = len(prepared.parts)
+        outs = []
+        for part, some_q, some_k, some_v in zip(
+            prepared.parts, *(each.chunk(num_parts, dim=1) for each in (q, k, v)), strict=True
+        ):
+            both = gather_columns(torch.stack([some_k, some_v]), self.group, -2)  # (2, B, H, S, K)
+            all_k, all_v = both.unbind()
+            out = self.inner.attend(some_q, all_k, all_v, part, dropout_p=dropout_p, scale=scale)
+            outs.append(out)
+        return outs[0] if num_parts == 1 else torch.cat(outs, dim=1)
+
+
+class UlyssesBackend(SequenceParallelBackend):
+    """Exchanges columns for heads before attention, and back after it."""
+
+    name = "ulysses"
+
+    def _prepare(
+        self,
+        bias: AttentionBias,
+        queries: Places,
+        keys: Places,
+        heads: slice,
+        options: dict[str, Any],
+    ) -> SequencePrepared:
+        num_heads = heads.stop - heads.start
+        if num_heads % self.layout.size:
+            raise ValueError(
+                f"ulysses shares out the heads, but {self.layout.size} processes do not divide "
+                f"{num_heads}; use {_divisors(num_heads)} processes for a sequence, or "
+                "--sequence-parallel-attention allgather or ring"
+            )
+        each = num_heads // self.layout.size
+        first = heads.start + self.rank * each
+        ordered = self._in_order_of_ranks(keys)
+        queries = Places(ordered.positions, None, ordered.documents)
+        part = self._inner_prepare(bias, queries, ordered, slice(first, first + each, 1), options)
+        return SequencePrepared(self, key_is_padding=keys.is_padding, parts=[part])
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        prepared: Prepared,
+        *,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        assert isinstance(prepared, SequencePrepared)
+        together = swap_heads_and_columns(torch.stack([q, k, v]), self.group, to_heads=True)
+        (part,) = prepared.parts
+        q, k, v = together.unbind()  # (B, H / G, S, K)
+        out = self.inner.attend(q, k, v, part, dropout_p=dropout_p, scale=scale)
+        return swap_heads_and_columns(out, self.group, to_heads=False)
+
+
+class RingBackend(SequenceParallelBackend):
+    """Hands keys and values round; computes attention itself, in tiles."""
+
+    name = "ring"
+
+    def _prepare(
+        self,
+        bias: AttentionBias,
+        queries: Places,
+        keys: Places,
+        heads: slice,
+        options: dict[str, Any],
+    ) -> RingPrepared:
+        length = _length(keys.positions)
+        held = [self.layout.segments(rank, length) for rank in range(self.layout.size)]
+        each = len(held[0][0])
+        runs = [range(i * each, (i + 1) * each) for i in range(len(held[0]))]
+        plan = RingPlan(
+            RingOfProcesses(self.group),
+            places=[[keys.at(segment) for segment in segments] for segments in held],
+            runs=runs,
+        )
+        is_all = heads == slice(0, bias.num_heads, 1)
+        return RingPrepared(
+            self,
+            key_is_padding=keys.is_padding,
+            plan=plan,
+            bias=bias if is_all else bias.heads(heads),
+            rule=options["rule"] if is_all else options["rule"].heads(heads),
+        )
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        prepared: Prepared,
+        *,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        assert isinstance(prepared, RingPrepared)
+        block = BlockScores(
+            bias=prepared.bias,
+            rule=prepared.rule,
+            scale=q.size(-1) ** -0.5 if scale is None else scale,
+            dropout_p=dropout_p,
+        )
+        return ring_attention(q, k, v, prepared.plan, block)
+
+
+SCHEMES: dict[str, type[SequenceParallelBackend]] = {
+    "allgather": AllGatherBackend,
+    "ring": RingBackend,
+    "ulysses": UlyssesBackend,
+    # Names of ring-flash-attention: the first gathers keys and values too, the second is a ring.
+    "varlen_llama3": AllGatherBackend,
+    "batch_ring": RingBackend,
+}
+
+
+def sequence_backend(
+    scheme: str,
+    inner: AttentionBackend,
+    group: ProcessGroup,
+    layout: SequenceLayout,
+    *,
+    heads_k_stride: int | None = None,
+) -> SequenceParallelBackend:
+    """Makes the backend of one of `SCHEMES`.
+
+    Raises:
+        ValueError: no scheme has that name, or a stride is given to one that does not gather.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"ring_attn_func is {scheme!r}; it must be one of {', '.join(SCHEMES)}")
+    kind = SCHEMES[scheme]
+    if kind is AllGatherBackend:
+        return AllGatherBackend(inner, group, layout, heads_k_stride)
+    if heads_k_stride is not None:
+        raise ValueError(
+            f"heads_k_stride {heads_k_stride} is given, but {scheme} gathers no keys; leave it "
+            "out, or use ring_attn_func allgather"
+        )
+    return kind(inner, group, layout)
+
+
+def _length(positions: Positions) -> int:
+    return len(positions) if isinstance(positions, range) else positions.size(-1)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
