@@ -24,6 +24,8 @@ from fairseq.dataclass.configs import (
     DistributedTrainingConfig,
     EMAConfig,
     EvalLMConfig,
+    GenerationConfig,
+    InteractiveConfig,
     OptimizationConfig,
 )
 from fairseq.dataclass.settings_file import check_names, expand_config
@@ -41,6 +43,8 @@ __all__ = [
     "get_doctor_parser",
     "get_eval_lm_parser",
     "get_extrapolate_parser",
+    "get_generation_parser",
+    "get_interactive_generation_parser",
     "get_parser",
     "get_preprocessing_parser",
     "get_training_parser",
@@ -186,6 +190,39 @@ def get_eval_lm_parser(default_task: str | None = "language_modeling") -> Comman
     parser = _evaluation_parser("Evaluate a language model's perplexity.", default_task)
     parser.add_dataclass("language model evaluation", EvalLMConfig)
     return parser
+
+
+def get_generation_parser(
+    interactive: bool = False, default_task: str | None = "translation"
+) -> CommandParser:
+    """Returns the parser of fairseq-generate, or that of fairseq-interactive."""
+    if interactive:
+        description = "Generate outputs for lines of text, one after another."
+    else:
+        description = "Generate, or score, outputs for a binarized split."
+    parser = get_parser(description, default_task)
+    output = parser.add_argument_group("output")
+    if not interactive:
+        # What other commands refuse.
+        output.add_argument("--quiet", action="store_true", help="print only the final scores")
+        output.add_argument(
+            "--results-path",
+            metavar="PATH",
+            help="folder for generate-SUBSET.txt, which takes what is printed",
+        )
+    parser.add_dataclass("dataset and batches", DatasetConfig)
+    _add_distributed(parser, 1)
+    _add_checkpoint_options(parser)
+    parser.add_dataclass("generation", GenerationConfig)
+    parser.add_dataclass("checkpoints", CheckpointConfig)
+    if interactive:
+        parser.add_dataclass("interactive", InteractiveConfig)
+    return parser
+
+
+def get_interactive_generation_parser(default_task: str | None = "translation") -> CommandParser:
+    """Returns the parser of fairseq-interactive."""
+    return get_generation_parser(interactive=True, default_task=default_task)
 
 
 def get_extrapolate_parser(default_task: str | None = "language_modeling") -> CommandParser:

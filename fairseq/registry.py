@@ -287,27 +287,32 @@ LR_SCHEDULERS = Registry(
     default="fixed",
 )
 
-_TEXT_ONLY = "language modelling reads text that is already split into tokens"
 TOKENIZERS = Registry(
-    "tokenizer", {}, unsupported=dict.fromkeys(("moses", "nltk", "space"), _TEXT_ONLY)
+    "tokenizer",
+    _table(
+        "fairseq.data.encoders",
+        moses="moses_tokenizer",
+        nltk="nltk_tokenizer",
+        space="space_tokenizer",
+    ),
 )
+_NO_BYTES = "its symbols for bytes are upstream's own; use hf_byte_bpe or sentencepiece"
 BPES = Registry(
     "bpe",
-    {},
-    unsupported=dict.fromkeys(
-        (
-            "bert",
-            "byte_bpe",
-            "bytes",
-            "characters",
-            "fastbpe",
-            "gpt2",
-            "hf_byte_bpe",
-            "sentencepiece",
-            "subword_nmt",
-        ),
-        _TEXT_ONLY,
+    _table(
+        "fairseq.data.encoders",
+        "characters",
+        gpt2="byte_level_bpe",
+        hf_byte_bpe="byte_level_bpe",
+        sentencepiece="sentencepiece_bpe",
+        subword_nmt="subword_nmt_bpe",
     ),
+    unsupported={
+        "bert": "its pieces belong to models that this project does not have; use sentencepiece",
+        "byte_bpe": _NO_BYTES,
+        "bytes": _NO_BYTES,
+        "fastbpe": "its library has to be compiled; use subword_nmt",
+    },
 )
 SCORERS = Registry(
     "scoring",

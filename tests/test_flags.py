@@ -261,6 +261,56 @@ EVAL_LM = """
 --context-window 3
 --softmax-batch 3
 """
+GENERATE_OUTPUT = """
+--quiet
+--results-path x
+"""
+GENERATION = """
+--beam 3
+--nbest 3
+--max-len-a 0.5
+--max-len-b 33
+--min-len 3
+--match-source-len
+--unnormalized
+--lenpen 0.5
+--unkpen 0.5
+--score-reference
+--prefix-size 3
+--no-repeat-ngram-size 3
+--sampling
+--sampling-topk 3
+--sampling-topp 0.5
+--temperature 0.5
+--diverse-beam-groups 3
+--diverse-beam-strength 0.3
+--diversity-rate 0.3
+--lm-path x
+--lm-weight 0.3
+--retain-dropout
+--retain-dropout-modules "['x']"
+"""
+GENERATION_REFUSED = """
+--no-early-stop
+--no-beamable-mm
+--replace-unk
+--sacrebleu
+--constraints
+--print-alignment
+--print-step
+--iter-decode-eos-penalty 0.5
+--iter-decode-max-iter 3
+--iter-decode-force-max-iter
+--iter-decode-with-beam 3
+--iter-decode-with-external-reranker
+--retain-iter-history
+--decoding-format vote
+--no-seed-provided
+"""
+INTERACTIVE = """
+--buffer-size 3
+--input x
+"""
 PREPROCESS = """
 --source-lang|-s en
 --target-lang|-t de
@@ -300,24 +350,34 @@ ACCEPTED = {
     "train": SHARED + OPTIMIZATION + CHECKPOINT + EMA + TASK + MODEL,
     "eval-lm": SHARED + EVALUATION + EVAL_LM + TASK,
     "validate": SHARED + EVALUATION + TASK,
+    "generate": SHARED + EVALUATION + GENERATE_OUTPUT + GENERATION + CHECKPOINT + TASK,
+    "interactive": SHARED + EVALUATION + GENERATION + CHECKPOINT + INTERACTIVE + TASK,
     "preprocess": COMMON + PREPROCESS,
 }
 REFUSED = {
     "train": "\n".join([SHARED_REFUSED, OPTIMIZATION_REFUSED, CHECKPOINT_REFUSED, MODEL_REFUSED]),
     "eval-lm": SHARED_REFUSED + EVALUATION_REFUSED,
     "validate": SHARED_REFUSED + EVALUATION_REFUSED,
+    "generate": "\n".join([SHARED_REFUSED, GENERATION_REFUSED, CHECKPOINT_REFUSED]),
+    "interactive": "\n".join(
+        [SHARED_REFUSED, EVALUATION_REFUSED, GENERATION_REFUSED, CHECKPOINT_REFUSED]
+    ),
     "preprocess": COMMON_REFUSED,
 }
 PARSERS = {
     "train": options.get_training_parser,
     "eval-lm": options.get_eval_lm_parser,
     "validate": options.get_validation_parser,
+    "generate": options.get_generation_parser,
+    "interactive": options.get_interactive_generation_parser,
     "preprocess": options.get_preprocessing_parser,
 }
 BASE = {
     "train": "data --arch transformer_lm",
     "eval-lm": "data",
     "validate": "data",
+    "generate": "data --task language_modeling",
+    "interactive": "data --task language_modeling",
     "preprocess": "",
 }
 # Accepted because command lines carry them from one command to the next; listed in the document.
@@ -359,6 +419,54 @@ CAME_ALONG = {
         --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
         --data-parallel --tensor-parallel-size --sequence-parallel-size
         --sequence-parallel-attention --sequence-parallel-layout
+    """,
+    "generate": """
+        --tensorboard-logdir --wandb-project --empty-cache-freq --all-gather-list-size
+        --fp16-no-flatten-grads --fp16-init-scale --fp16-scale-window --fp16-scale-tolerance
+        --min-loss-scale --threshold-loss-scale
+        --train-subset --valid-subset --validate-interval --validate-interval-updates
+        --validate-after-updates --fixed-validation-seed --disable-validation --max-tokens-valid
+        --batch-size-valid --max-valid-steps --curriculum --combine-valid-subsets
+        --ignore-unused-valid-subsets --grouped-shuffling --update-ordered-indices-seed
+        --ddp-backend --bucket-cap-mb --fix-batches-to-gpus --find-unused-parameters
+        --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
+        --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
+        --data-parallel --tensor-parallel-size --sequence-parallel-size
+        --sequence-parallel-attention --sequence-parallel-layout
+        --save-dir --restore-file --finetune-from-model --reset-dataloader --reset-lr-scheduler
+        --reset-meters --reset-optimizer --optimizer-overrides --save-interval
+        --save-interval-updates --keep-interval-updates --keep-last-epochs
+        --keep-best-checkpoints --keep-interval-updates-pattern --no-save
+        --no-epoch-checkpoints --no-last-checkpoints --no-save-optimizer-state
+        --best-checkpoint-metric --maximize-best-checkpoint-metric --patience
+        --load-checkpoint-on-all-dp-ranks --write-checkpoints-asynchronously --continue-once
+        --max-target-positions
+    """,
+    "interactive": """
+        --tensorboard-logdir --wandb-project --empty-cache-freq --all-gather-list-size
+        --fp16-no-flatten-grads --fp16-init-scale --fp16-scale-window --fp16-scale-tolerance
+        --min-loss-scale --threshold-loss-scale
+        --train-subset --valid-subset --validate-interval --validate-interval-updates
+        --validate-after-updates --fixed-validation-seed --disable-validation --max-tokens-valid
+        --batch-size-valid --max-valid-steps --curriculum --combine-valid-subsets
+        --ignore-unused-valid-subsets --grouped-shuffling --update-ordered-indices-seed
+        --ddp-backend --bucket-cap-mb --fix-batches-to-gpus --find-unused-parameters
+        --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
+        --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
+        --data-parallel --tensor-parallel-size --sequence-parallel-size
+        --sequence-parallel-attention --sequence-parallel-layout
+        --save-dir --restore-file --finetune-from-model --reset-dataloader --reset-lr-scheduler
+        --reset-meters --reset-optimizer --optimizer-overrides --save-interval
+        --save-interval-updates --keep-interval-updates --keep-last-epochs
+        --keep-best-checkpoints --keep-interval-updates-pattern --no-save
+        --no-epoch-checkpoints --no-last-checkpoints --no-save-optimizer-state
+        --best-checkpoint-metric --maximize-best-checkpoint-metric --patience
+        --load-checkpoint-on-all-dp-ranks --write-checkpoints-asynchronously --continue-once
+        --gen-subset --num-shards --shard-id --required-batch-size-multiple --dataset-impl
+        --log-interval --log-format --no-progress-bar --num-workers --data-buffer-size
+        --sample-break-mode --tokens-per-sample --self-target --future-target --past-target
+        --max-target-positions --shorten-method --shorten-data-split-list
+        --pad-to-fixed-length --pad-to-fixed-bsz
     """,
 }
 
@@ -419,7 +527,7 @@ def test_no_other_flag_of_the_original_s_sections_is_there(command):
     documented |= {"--" + name.replace("_", "-") for name in COMPONENT_REGISTRIES}
     for table in (ACCEPTED[command], REFUSED[command]):
         documented |= {flag for spellings, _ in rows(table) for flag in spellings}
-    if command in ("eval-lm", "validate"):
+    if command in ("eval-lm", "validate", "generate", "interactive"):
         documented |= {"--position-method"}
         fields = dataclasses.fields(PositionConfig)
         documented |= {"--" + field.name.replace("_", "-") for field in fields}

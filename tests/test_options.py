@@ -71,7 +71,7 @@ def test_both_spellings_of_the_launcher_s_rank(monkeypatch):
         ("--character-embeddings", "--character-embeddings is not supported"),
         ("--base-layers 1", "--base-layers is not supported"),
         ("--optimizer lamb", "--optimizer lamb is not supported"),
-        ("--bpe gpt2", "--bpe gpt2 is not supported"),
+        ("--bpe bytes", "--bpe bytes is not supported"),
         ("--scoring wer", "--scoring wer is not supported"),
         ("--pipeline-model-parallel", "--pipeline-model-parallel is not supported"),
         ("--quantization-config-path x", "quantization is not provided"),

@@ -35,6 +35,9 @@ _NO_SLOWMO = "SlowMo is not provided; use --ddp-backend legacy_ddp, c10d or full
 _NO_BMUF = "block-wise model update filtering is not provided"
 _NO_TPU = "TPUs are not supported"
 _NO_AMP = "torch AMP is not provided; use --bf16 or --fp16"
+_NO_EFFECT = "it has no effect in the original either; drop the flag"
+_NO_ALIGNMENT = "attention over a source is not recorded in generation"
+_NO_REFINEMENT = "models that refine their output are not provided"
 _FLAT_FSDP = "FSDP2 shards each parameter by itself and has no flat parameters"
 
 
@@ -153,7 +156,7 @@ class CommonEvalConfig(FairseqDataclass):
     quiet: bool = _option(
         False,
         "print only the final scores",
-        unsupported="it belongs to generation; LOGLEVEL=WARNING in the environment hides the log",
+        unsupported="fairseq-generate has it; elsewhere LOGLEVEL=WARNING hides the log",
     )
     model_overrides: str = _option(
         "{}", "Python dictionary of settings that replace those stored in the checkpoint"
@@ -161,7 +164,7 @@ class CommonEvalConfig(FairseqDataclass):
     results_path: str | None = _option(
         None,
         "folder for results",
-        unsupported="it belongs to generation; the last lines of the output are the result",
+        unsupported="fairseq-generate has it; elsewhere the last lines printed are the result",
     )
 
 
@@ -279,9 +282,6 @@ class DistributedTrainingConfig(FairseqDataclass):
     sequence_parallel_size: int = _option(
         1, "processes that share each sequence", extension=True, minimum=1
     )
-
-
-@dataclass
     sequence_parallel_attention: str = _option(
         "allgather",
         "how they attend to each other's tokens: allgather has all keys come to each, ring hands "
@@ -296,6 +296,9 @@ class DistributedTrainingConfig(FairseqDataclass):
         choices=["contiguous", "zigzag"],
         extension=True,
     )
+
+
+@dataclass
 class DatasetConfig(FairseqDataclass):
     """Which data, in which batches, and when to validate."""
 
@@ -475,55 +478,88 @@ class BmufConfig(FairseqDataclass):
 class GenerationConfig(FairseqDataclass):
     """Beam search and sampling."""
 
-    beam: int = _option(5, "beam size")
-    nbest: int = _option(1, "number of hypotheses to output")
-    max_len_a: float = _option(0, "longest output is ax + b, x the source length: a")
-    max_len_b: int = _option(200, "longest output is ax + b, x the source length: b")
-    min_len: int = _option(1, "shortest output")
+    beam: int = _option(5, "hypotheses that are kept for each sentence", minimum=1)
+    nbest: int = _option(1, "hypotheses that are printed for each sentence", minimum=1)
+    max_len_a: float = _option(
+        0, "longest output is a x + b tokens, x those of the source: a", minimum=0
+    )
+    max_len_b: int = _option(
+        200, "longest output is a x + b tokens, x those of the source: b", minimum=0
+    )
+    min_len: int = _option(1, "fewest tokens of an output, without </s>", minimum=0)
     match_source_len: bool = _option(False, "outputs are as long as their sources")
     unnormalized: bool = _option(False, "compare scores without dividing by length")
-    no_early_stop: bool = _option(False, "deprecated")
-    no_beamable_mm: bool = _option(False, "without effect")
-    lenpen: float = _option(1, "length penalty: below 1 favours short outputs")
-    unkpen: float = _option(0, "penalty of unknown words")
+    no_early_stop: bool = _option(False, "search on", unsupported=_NO_EFFECT)
+    no_beamable_mm: bool = _option(False, "another product", unsupported=_NO_EFFECT)
+    lenpen: float = _option(1, "scores are divided by length ** this: below 1 favours short ones")
+    unkpen: float = _option(0, "nats taken off unknown words; below 0 gives them more")
     replace_unk: str | None = _option(
-        None, "alignment dictionary for unknown words", argparse_const="@@ "
+        None, "dictionary for unknown words", argparse_const="@@ ", unsupported=_NO_ALIGNMENT
     )
-    sacrebleu: bool = _option(False, "score with sacrebleu")
-    score_reference: bool = _option(False, "score the reference instead of generating")
-    prefix_size: int = _option(0, "target tokens that are given")
-    no_repeat_ngram_size: int = _option(0, "n-grams of this size are not repeated")
-    sampling: bool = _option(False, "sample instead of searching")
-    sampling_topk: int = _option(-1, "sample from the k most likely words")
-    sampling_topp: float = _option(-1.0, "sample from the smallest set with this probability")
+    sacrebleu: bool = _option(False, "score with sacrebleu", unsupported="use --scoring sacrebleu")
+    score_reference: bool = _option(False, "score the references instead of generating")
+    prefix_size: int = _option(0, "tokens of the reference that are given", minimum=0)
+    no_repeat_ngram_size: int = _option(
+        0, "n-grams of this size occur once in an output (0: any number of times)", minimum=0
+    )
+    sampling: bool = _option(False, "draw tokens at random instead of searching")
+    sampling_topk: int = _option(-1, "draw among the k most likely words (-1: all)", minimum=-1)
+    sampling_topp: float = _option(
+        -1.0,
+        "draw among the most likely words that have this probability together (-1: all)",
+        minimum=-1,
+        maximum=1,
+    )
     constraints: str | None = _option(
         None,
-        "lexically constrained decoding",
+        "words that have to occur",
         choices=["ordered", "unordered"],
         argparse_const="ordered",
+        unsupported="outputs cannot be constrained to given words; --prefix-size gives first ones",
     )
-    temperature: float = _option(1.0, "temperature")
-    diverse_beam_groups: int = _option(-1, "number of groups for diverse beam search")
-    diverse_beam_strength: float = _option(0.5, "strength of the diversity penalty")
-    diversity_rate: float = _option(-1.0, "strength of diversity among siblings")
+    temperature: float = _option(
+        1.0, "above 1 draws more evenly, below 1 more of what is likely (0 is not allowed)"
+    )
+    diverse_beam_groups: int = _option(-1, "groups of a diverse beam search (-1: none)", minimum=-1)
+    diverse_beam_strength: float = _option(
+        0.5, "nats that a word loses for each group that chose it in the same step"
+    )
+    diversity_rate: float = _option(
+        -1.0, "nats that continuations of one hypothesis lose by rank (-1: none)"
+    )
     print_alignment: str | None = _option(
-        None, "print alignments", choices=["hard", "soft"], argparse_const="hard"
+        None,
+        "print alignments",
+        choices=["hard", "soft"],
+        argparse_const="hard",
+        unsupported=_NO_ALIGNMENT,
     )
-    print_step: bool = _option(False, "print steps")
-    lm_path: str | None = _option(None, "language model for fusion")
+    print_step: bool = _option(False, "print steps", unsupported=_NO_REFINEMENT)
+    lm_path: str | None = _option(
+        None, "language model whose log-probabilities are added to those of the model"
+    )
     lm_weight: float = _option(0.0, "weight of the language model")
-    iter_decode_eos_penalty: float = _option(0.0, "non-autoregressive decoding")
-    iter_decode_max_iter: int = _option(10, "non-autoregressive decoding")
-    iter_decode_force_max_iter: bool = _option(False, "non-autoregressive decoding")
-    iter_decode_with_beam: int = _option(1, "non-autoregressive decoding")
-    iter_decode_with_external_reranker: bool = _option(False, "non-autoregressive decoding")
-    retain_iter_history: bool = _option(False, "non-autoregressive decoding")
-    retain_dropout: bool = _option(False, "keep dropout on")
-    retain_dropout_modules: list[str] | None = _option(None, "modules that keep dropout on")
-    decoding_format: str | None = _option(
-        None, "non-autoregressive decoding", choices=["unigram", "ensemble", "vote", "dp", "bs"]
+    iter_decode_eos_penalty: float = _option(0.0, "refinement", unsupported=_NO_REFINEMENT)
+    iter_decode_max_iter: int = _option(10, "refinement", unsupported=_NO_REFINEMENT)
+    iter_decode_force_max_iter: bool = _option(False, "refinement", unsupported=_NO_REFINEMENT)
+    iter_decode_with_beam: int = _option(1, "refinement", unsupported=_NO_REFINEMENT)
+    iter_decode_with_external_reranker: bool = _option(
+        False, "refinement", unsupported=_NO_REFINEMENT
     )
-    no_seed_provided: bool = _option(False, "no seed was given")
+    retain_iter_history: bool = _option(False, "refinement", unsupported=_NO_REFINEMENT)
+    retain_dropout: bool = _option(False, "keep dropout on")
+    retain_dropout_modules: list[str] | None = _option(
+        None, "classes of modules that keep dropout on, separated by commas (default: all)"
+    )
+    decoding_format: str | None = _option(
+        None,
+        "refinement",
+        choices=["unigram", "ensemble", "vote", "dp", "bs"],
+        unsupported=_NO_REFINEMENT,
+    )
+    no_seed_provided: bool = _option(
+        False, "do not seed", unsupported="--seed counts always; give another one for other samples"
+    )
 
 
 @dataclass
@@ -544,8 +580,8 @@ class EvalLMConfig(FairseqDataclass):
 class InteractiveConfig(FairseqDataclass):
     """Where fairseq-interactive reads from."""
 
-    buffer_size: int = _option(0, "lines read before they are translated")
-    input: str = _option("-", "file to read from")
+    buffer_size: int = _option(0, "lines that are read before they are answered", minimum=0)
+    input: str = _option("-", "file to read from, - for standard input")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,6 @@ from fairseq.sequence_generator import SequenceGenerator
 from fairseq.sequence_scorer import SequenceScorer
 
 __all__ = ["build_generator", "build_search"]
-
-_DEFAULTS = GenerationConfig()
 
 
 def build_generator(
@@ -41,20 +40,21 @@ def build_generator(
     Raises:
         ValueError: options contradict each other or are out of range.
     """
-    if _get(args, "score_reference"):
+    options = _complete(args)
+    if options.score_reference:
         return SequenceScorer(tgt_dict)
     given = {
-        "beam_size": _get(args, "beam"),
-        "max_len_a": _get(args, "max_len_a"),
-        "max_len_b": _get(args, "max_len_b"),
-        "min_len": _get(args, "min_len"),
-        "normalize_scores": not _get(args, "unnormalized"),
-        "len_penalty": _get(args, "lenpen"),
-        "unk_penalty": _get(args, "unkpen"),
-        "temperature": _get(args, "temperature"),
-        "match_source_len": _get(args, "match_source_len"),
-        "no_repeat_ngram_size": _get(args, "no_repeat_ngram_size"),
-        "search_strategy": build_search(args),
+        "beam_size": options.beam,
+        "max_len_a": options.max_len_a,
+        "max_len_b": options.max_len_b,
+        "min_len": options.min_len,
+        "normalize_scores": not options.unnormalized,
+        "len_penalty": options.lenpen,
+        "unk_penalty": options.unkpen,
+        "temperature": options.temperature,
+        "match_source_len": options.match_source_len,
+        "no_repeat_ngram_size": options.no_repeat_ngram_size,
+        "search_strategy": build_search(options),
         **(extra_gen_cls_kwargs or {}),
     }
     return (seq_gen_cls or SequenceGenerator)(models, tgt_dict, **given)
@@ -66,30 +66,31 @@ def build_search(args: Any) -> Search:
     Raises:
         ValueError: they ask for more than one.
     """
+    options = _complete(args)
     chosen = {
-        "--sampling": _get(args, "sampling"),
-        "--diverse-beam-groups": _get(args, "diverse_beam_groups") > 0,
-        "--match-source-len": _get(args, "match_source_len"),
-        "--diversity-rate": _get(args, "diversity_rate") > 0,
+        "--sampling": options.sampling,
+        "--diverse-beam-groups": options.diverse_beam_groups > 0,
+        "--match-source-len": options.match_source_len,
+        "--diversity-rate": options.diversity_rate > 0,
     }
     flags = [flag for flag, is_chosen in chosen.items() if is_chosen]
     if len(flags) > 1:
         raise ValueError(
             f"Provided Search parameters are mutually exclusive: {', '.join(flags)}; give one"
         )
-    topk, topp = _get(args, "sampling_topk"), _get(args, "sampling_topp")
+    topk, topp = options.sampling_topk, options.sampling_topp
     if (topk > 0 or topp > 0) and not chosen["--sampling"]:
         raise ValueError("--sampling-topk and --sampling-topp need --sampling")
     if chosen["--sampling"]:
         return Sampling(topk, topp)
     if chosen["--diverse-beam-groups"]:
-        return DiverseBeamSearch(
-            _get(args, "diverse_beam_groups"), _get(args, "diverse_beam_strength")
-        )
-    if _get(args, "diversity_rate") > -1:
-        return DiverseSiblingsSearch(_get(args, "diversity_rate"))
+        return DiverseBeamSearch(options.diverse_beam_groups, options.diverse_beam_strength)
+    if options.diversity_rate > -1:
+        return DiverseSiblingsSearch(options.diversity_rate)
     return BeamSearch()
 
 
-def _get(args: Any, name: str) -> Any:
-    return getattr(args, name, getattr(_DEFAULTS, name))
+def _complete(args: Any) -> GenerationConfig:
+    """Returns options with their defaults where there are none."""
+    names = (each.name for each in dataclasses.fields(GenerationConfig))
+    return GenerationConfig(**{name: getattr(args, name) for name in names if hasattr(args, name)})
