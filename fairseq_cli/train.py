@@ -23,6 +23,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import meters, metrics, progress_bar
 from fairseq.model_parallel.run import set_up_mesh
 from fairseq.trainer import Trainer
+from fairseq_cli._interruption import StopRequest, stop_on_signal
 from fairseq_cli._run import run_command, set_up_logging
 
 __all__ = [
@@ -80,7 +81,9 @@ def main(cfg: Any) -> None:
         f"{cfg.dataset.batch_size}"
     )
     try:
-        _train_all_epochs(cfg, trainer, task, settings)
+        is_alone = cfg.distributed_training.distributed_world_size == 1
+        with stop_on_signal(is_alone=is_alone) as stop:
+            _train_all_epochs(cfg, trainer, task, settings, stop)
         checkpoint_utils.finish_writing()
     finally:
         trainer.close()
@@ -201,7 +204,9 @@ def _check_unused_valid_data(cfg: Any) -> None:
         )
 
 
-def _train_all_epochs(cfg: Any, trainer: Trainer, task: Any, settings: Any) -> None:
+def _train_all_epochs(
+    cfg: Any, trainer: Trainer, task: Any, settings: Any, stop: StopRequest
+) -> None:
     is_sharded = task.has_sharded_data(cfg.dataset.train_subset)
     _, epoch_itr = checkpoint_utils.load_checkpoint(
         cfg.checkpoint, trainer, disable_iterator_cache=is_sharded
@@ -222,9 +227,10 @@ def _train_all_epochs(cfg: Any, trainer: Trainer, task: Any, settings: Any) -> N
                 f"to minimum learning rate (--stop-min-lr={stop_min_lr})"
             )
             break
-        valid_losses, should_stop = train(cfg, trainer, task, epoch_itr)
+        valid_losses, should_stop = train(cfg, trainer, task, epoch_itr, stop)
         if should_stop:
             break
+        _leave_if_asked(cfg, trainer, epoch_itr, stop)
         lr = trainer.lr_step(epoch_itr.epoch, valid_losses[0])
         epoch_itr = trainer.get_train_iterator(
             epoch_itr.next_epoch_idx, load_dataset=is_sharded, disable_iterator_cache=is_sharded
@@ -233,8 +239,18 @@ def _train_all_epochs(cfg: Any, trainer: Trainer, task: Any, settings: Any) -> N
     logger.info(f"done training in {stopwatch.sum:.1f} seconds")
 
 
-def train(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any) -> tuple[list[float | None], bool]:
-    """Trains for one epoch, or for what is left of it.
+def _leave_if_asked(cfg: Any, trainer: Trainer, epoch_itr: Any, stop: StopRequest) -> None:
+    """Saves and ends the process if a signal has asked for it."""
+    if stop:
+        checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        checkpoint_utils.finish_writing()
+        stop.leave()
+
+
+def train(
+    cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any, stop: StopRequest | None = None
+) -> tuple[list[float | None], bool]:
+    """Trains for one epoch, or for what is left of it, unless `stop` is asked for.
 
     Returns:
         The values of the last validation, one for each subset ([None] if there was none), and
@@ -253,6 +269,8 @@ def train(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any) -> tuple[list[f
             )
             if should_stop:
                 break
+            if stop and not epoch_itr.end_of_epoch():
+                _leave_if_asked(cfg, trainer, epoch_itr, stop)
         logger.info(f"end of epoch {epoch_itr.epoch} (average epoch stats below)")
         stats = get_training_stats(metrics.get_smoothed_values("train"))
         progress.print(stats, tag="train", step=trainer.get_num_updates())

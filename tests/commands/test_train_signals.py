@@ -1,0 +1,101 @@
+"""SIGTERM and SIGINT: the run saves after its update, ends, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from train_runs import TINY_MODEL, TINY_TRAINING, make_tiny_data, same_bits
+
+UPDATES = 40
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def start(data, folder, *more):
+    command = (
+        f"{sys.executable} -m fairseq_cli.train {data} {TINY_MODEL} {TINY_TRAINING} --dropout 0.1 "
+        f"--save-dir {folder} --max-update {UPDATES} --disable-validation --no-epoch-checkpoints"
+    )
+    return subprocess.Popen(
+        [*command.split(), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def signalled(process, number, after="train_inner"):
+    """Sends the signal when the log has a line with some text; returns exit code and stderr."""
+    for line in process.stdout:
+        if after in line:
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    return process.returncode, errors
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(data, folder)
+    process.communicate()
+    assert process.returncode == 0
+    return torch.load(folder / "checkpoint_last.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_run_saves_ends_and_goes_on(number, code, data, uninterrupted, tmp_path):
+    ended, errors = signalled(start(data, tmp_path), number)
+    assert ended == code
+    assert f"{signal.Signals(number).name}: saving after this update" in errors
+    state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
+    assert 1 <= state["optimizer_history"][-1]["num_updates"] < UPDATES
+    process = start(data, tmp_path)
+    process.communicate()
+    assert process.returncode == 0
+    resumed = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
+    assert same_bits(resumed["model"], uninterrupted["model"])
+    assert same_bits(resumed["last_optimizer_state"], uninterrupted["last_optimizer_state"])
+
+
+def test_a_second_signal_ends_at_once(data, tmp_path):
+    # The first signal waits for the validation to end, which here takes for ever.
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import sys, time\nfrom fairseq_cli import train\n"
+        "def validate(*args):\n    print('validating', flush=True)\n    time.sleep(60)\n"
+        "train.validate = validate\ntrain.cli_main()\n"
+    )
+    command = f"{data} {TINY_MODEL} {TINY_TRAINING} --save-dir {tmp_path}/ckpt"
+    process = subprocess.Popen(
+        [sys.executable, slow, *command.split(), "--validate-interval-updates", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if "validating" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    first = process.stderr.readline()
+    assert first.startswith("SIGTERM: saving after this update")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "Traceback" not in errors
+    assert not (tmp_path / "ckpt/checkpoint_last.pt").exists()
+
+
+def test_loaders_of_data_end_with_it(data, tmp_path):
+    code, _ = signalled(start(data, tmp_path, "--num-workers", "2"), signal.SIGTERM)
+    assert code == 143
+    assert (tmp_path / "checkpoint_last.pt").exists()
