@@ -7,7 +7,7 @@ kernel needs. Shapes: `B` rows, `H` heads, `T` queries, `S` keys.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -49,6 +49,19 @@ class AttentionBias(ABC):
     @abstractmethod
     def heads(self, which: slice) -> AttentionBias:
         """Returns the bias of some of the heads, for a worker that computes only those."""
+
+    def through(self, function: Callable[[torch.Tensor], torch.Tensor]) -> AttentionBias:
+        """Returns the bias with `function` applied to every tensor that gradients flow into.
+
+        Raises:
+            NotImplementedError: the bias is learned and does not say what its tensors are.
+        """
+        if self.is_learned:
+            raise NotImplementedError(
+                f"{type(self).__name__} is learned, but has no through(), which workers that share "
+                "the heads of a layer need"
+            )
+        return self
 
 
 class ZeroBias(AttentionBias):

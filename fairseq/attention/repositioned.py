@@ -5,7 +5,7 @@ Shapes: `B` rows, `H` heads, `T` queries, `S` keys, `N` positions whose chunk is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -74,6 +74,9 @@ class ChunkBias(AttentionBias):
     def heads(self, which: slice) -> ChunkBias:
         return ChunkBias(self.bias.heads(which), self.starts, across=self.across)
 
+    def through(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ChunkBias:
+        return ChunkBias(self.bias.through(function), self.starts, across=self.across)
+
 
 class CrossBias(AttentionBias):
     """Queries of another sequence than the keys: query i stands at offset + scale * i.
@@ -139,6 +142,9 @@ class CrossBias(AttentionBias):
 
     def heads(self, which: slice) -> CrossBias:
         return CrossBias(self.bias.heads(which), self.offset, self.scale)
+
+    def through(self, function: Callable[[torch.Tensor], torch.Tensor]) -> CrossBias:
+        return CrossBias(self.bias.through(function), self.offset, self.scale)
 
 
 def _starts_of_runs(chunks: torch.Tensor) -> torch.Tensor:

@@ -117,8 +117,13 @@ def _give_unused_parameters_a_gradient(model: nn.Module, inputs: Any, output: An
     if not (model.training and torch.is_grad_enabled()):
         return
     for param in model.parameters():
-        if param.requires_grad and param.grad is None and not isinstance(param, DTensor):
+        if param.requires_grad and param.grad is None and _is_whole(param):
             param.grad = torch.zeros_like(param)
+
+
+def _is_whole(param: torch.Tensor) -> bool:
+    """Tells whether this worker has a parameter's values now, of all or of its own share of tp."""
+    return not isinstance(param, DTensor) or param.device_mesh.mesh_dim_names == ("tp",)
 
 
 def _cut_whole_tensors(

@@ -64,7 +64,7 @@ class TiedHeadModule(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scores features (N, D) as (N, C + M)."""
-        if isinstance(self.word_proj, nn.Sequential):
+        if isinstance(self.word_proj, nn.Sequential) or not _is_whole(self.word_proj.weight):
             words = self.word_proj(x)
             return words if self.num_classes == 0 else torch.cat([words, self.class_proj(x)], -1)
         # The table is small beside the scores, so it is the table that is copied.
@@ -72,6 +72,11 @@ class TiedHeadModule(nn.Module):
         if self.num_classes > 0:
             weights.append(self.class_proj.weight)
         return F.linear(x, torch.cat(weights))
+
+
+def _is_whole(weight: Any) -> bool:
+    """Tells whether this process holds all of a weight; of one in parts each scores its own."""
+    return type(weight) is nn.Parameter
 
 
 class AdaptiveSoftmax(nn.Module):

@@ -72,3 +72,8 @@ class DistanceBias(AttentionBias):
     def heads(self, which: slice) -> DistanceBias:
         chosen = (each[which] for each in self.numbers)
         return DistanceBias(self.formula, *chosen, is_learned=self.is_learned)
+
+    def through(self, function: Callable[[torch.Tensor], torch.Tensor]) -> DistanceBias:
+        if not self.is_learned:
+            return self
+        return DistanceBias(self.formula, *map(function, self.numbers), is_learned=True)

@@ -5,6 +5,8 @@ Shapes: `B` rows, `H` heads, `T` queries, `S` keys, `W` hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -97,3 +99,6 @@ class FireBias(AttentionBias):
     def heads(self, which: slice) -> FireBias:
         weight, bias = self.output
         return FireBias(self.c, self.threshold, *self.hidden, weight[which], bias[which])
+
+    def through(self, function: Callable[[torch.Tensor], torch.Tensor]) -> FireBias:
+        return FireBias(*map(function, (self.c, self.threshold, *self.hidden, *self.output)))

@@ -21,6 +21,7 @@ from fairseq.attention import BIDIRECTIONAL, CAUSAL, AttentionRule, Positions, P
 from fairseq.attention.backends.dense import DenseBackend
 from fairseq.attention.backends.reference import ReferenceBackend
 from fairseq.attention.coordinates import at_columns
+from fairseq.attention.head_share import HeadShare
 from fairseq.models import upgrade
 from fairseq.models.base import FairseqIncrementalDecoder
 from fairseq.modules import (
@@ -53,6 +54,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         sequence_length: for position methods that adapt to length, the length of sequences in calls
             that do not say it; None is that of the input.
         document_mask: where attention and positions restart, as in `--document-mask`.
+        head_share: the heads that this process computes, None for all.
 
     Raises:
         ValueError: settings contradict each other; the message names the options.
@@ -84,6 +86,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         self._build_output(cfg)
         self.positions = self._build_position_method(cfg)
         self.sequence_length: int | None = None
+        self.head_share: HeadShare | None = None
         self.document_mask: str = cfg.document_mask or "none"
         self.backend = get_backend(cfg.attention_backend)
         self._masks = self.backend if isinstance(self.backend, DenseBackend) else ReferenceBackend()
@@ -268,14 +271,17 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             places = (rows - self.padding_idx - 1).clamp_(min=0)
         # Between tokens of one document columns differ as places do, and cost less.
         positions = columns if self.positions.is_relative else places
+        share = self.head_share
+        bias = self.positions.bias(sequence_length)
         prepared = self.backend.prepare(
-            self.positions.bias(sequence_length),
+            bias if share is None else share.of(bias),
             at_columns(positions, new),
             positions,
             rule=rule,
             key_is_padding=is_padding if has_padding else None,
             query_documents=None if documents is None else at_columns(documents, new),
             key_documents=documents,
+            head_slice=None if share is None else share.heads,
             dtype=x.dtype,
             device=x.device,
         )

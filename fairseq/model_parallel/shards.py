@@ -1,0 +1,79 @@
+"""Parameters in parts: how they are cut, and what is needed to put them together again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+
+__all__ = ["FileLayout", "cut_parameter", "is_cut_over", "process_major_order"]
+
+
+@dataclass
+class FileLayout:
+    """How parameters of a cut model, put together, differ from those of the whole one.
+
+    Attributes:
+        orders: order of the rows of fused parameters, by their names.
+        reversed: names of weights that are (in, out) in the whole model.
+    """
+
+    orders: dict[str, torch.Tensor] = field(default_factory=dict)
+    reversed: set[str] = field(default_factory=set)
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Brings a state dict of whole tensors into the original layout, in place."""
+        for name, order in self.orders.items():
+            state[name] = state[name][order.argsort()]
+        for name in self.reversed:
+            state[name] = state[name].t().contiguous()
+
+
+def cut_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+    """Replaces a parameter by this process's part of it.
+
+    Args:
+        module: its owner.
+        name: of the parameter in it.
+        mesh: the processes, one axis; each holds the whole parameter now.
+        placement: how it is cut.
+    """
+    whole = getattr(module, name)
+    # Nothing is sent; the part is copied, so that the whole can be freed.
+    part = distribute_tensor(whole.detach(), mesh, [placement], src_data_rank=None)
+    part = DTensor.from_local(
+        part.to_local().clone(),
+        mesh,
+        [placement],
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+    module.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+
+
+def process_major_order(num_rows: int, num_parts: int, world_size: int) -> torch.Tensor:
+    """Returns an order of rows [parts, heads, ...] in which each process's rows are neighbours.
+
+    Args:
+        num_rows: rows of the fused weight.
+        num_parts: projections in it.
+        world_size: processes; each gets as many neighbouring rows of every part.
+
+    Returns:
+        int64 (num_rows,): old index of each new row. `order.argsort()` undoes it.
+    """
+    rows = torch.arange(num_rows).view(num_parts, world_size, -1)
+    return rows.transpose(0, 1).reshape(-1)
+
+
+def is_cut_over(tensor: torch.Tensor, axis: str) -> bool:
+    """Tells whether a tensor is in parts along a named axis of its mesh."""
+    if not isinstance(tensor, DTensor):
+        return False
+    names = tensor.device_mesh.mesh_dim_names or ()
+    return axis in names and not tensor.placements[names.index(axis)].is_replicate()
