@@ -35,8 +35,8 @@ def read_checkpoint(
     """
     path = Path(path)
     _check_kind(path)
-    if check and zipfile.is_zipfile(path):
-        _check_contents(path)
+    if zipfile.is_zipfile(path):
+        _check_contents(path, compare=check)
     try:
         state = load_pickled(path, memory_map=memory_map)
     except UnsafeCheckpointError:
@@ -72,14 +72,24 @@ def _check_kind(path: Path) -> None:
         raise ValueError(f"{path} is no torch file, so no checkpoint; {_REMEDY}")
 
 
-def _check_contents(path: Path) -> None:
-    """Compares every record of a zip file with its checksum, as torch itself does not."""
+def _check_contents(path: Path, *, compare: bool) -> None:
+    """Looks at the records of a zip file, and compares each with its checksum if asked to.
+
+    torch itself compares none. It writes none compressed, but reads such ones, to any size.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if not any(name.endswith("data.pkl") for name in archive.namelist()):
                 raise ValueError(f"{path} is a zip file, but not one that torch.save wrote")
+            records = archive.infolist()
+            is_larger = sum(record.file_size for record in records) > path.stat().st_size
+            if is_larger or any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise ValueError(
+                    f"{path} claims to hold more than the file has, or holds compressed parts, "
+                    f"which no checkpoint does; {_REMEDY}"
+                )
             # torch can be told to write no checksums (`set_crc32_options`); all are 0 then.
-            has_checksums = any(record.CRC for record in archive.infolist())
+            has_checksums = compare and any(record.CRC for record in records)
             damaged = archive.testzip() if has_checksums else None
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); {_REMEDY}") from error

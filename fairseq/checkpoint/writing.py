@@ -29,7 +29,10 @@ logger = logging.getLogger(__name__)
 _TRIES = 3
 _PAUSE_S = 1.0
 # Errors that another try a moment later does not mend.
-_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EISDIR}
+_LASTING = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EACCES, errno.EROFS, errno.ENOENT, errno.EISDIR),
+}
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
