@@ -11,12 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fairseq.attention.head_share import HeadShare
 from fairseq.model_parallel.policy import HeadState
+from fairseq.model_parallel.shards import FileLayout
 from fairseq.model_parallel.vocabulary import sum_gradients
 
 if TYPE_CHECKING:
     from fairseq.model_parallel.undo import Undo
 
-__all__ = ["cut_head_state", "head_share"]
+__all__ = ["cut_biases", "cut_head_state", "head_share"]
 
 
 def head_share(num_heads: int, mesh: DeviceMesh) -> HeadShare:
@@ -34,6 +35,7 @@ def cut_head_state(
     num_heads: int,
     share: HeadShare,
     undo: Undo,
+    layout: FileLayout,
 ) -> None:
     """Gives a layer the state of its own heads.
 
@@ -44,6 +46,7 @@ def cut_head_state(
         num_heads: of all processes.
         share: the heads of this one.
         undo: remembers the buffers.
+        layout: likewise, for files.
 
     Raises:
         ValueError: the layer has no such buffer, or it has no axis for the heads.
@@ -64,7 +67,23 @@ def cut_head_state(
                 f"the policy names the buffer {state.buffer}, which {name} does not have; mend the "
                 "name, or mark it with ignore_checker=True"
             ) from None
+        layout.buffers[f"{name}.{state.buffer}"] = whole
         undo.set(owner, attribute, own_heads(whole, state.dim, num_heads, share).clone())
+
+
+def cut_biases(model: nn.Module, share: HeadShare, undo: Undo) -> None:
+    """Gives attention modules that `apply_alibi` has changed the bias of their own heads.
+
+    Args:
+        model: modules with an attribute `alibi` are changed; those that share one go on sharing.
+        share: the heads of this process.
+        undo: remembers the biases of all heads.
+    """
+    parts: dict[int, Any] = {}
+    for module in model.modules():
+        whole = vars(module).get("alibi")
+        if whole is not None and hasattr(whole, "heads"):
+            undo.set(module, "alibi", parts.setdefault(id(whole), whole.heads(share.heads)))
 
 
 def _cut_argument(

@@ -20,10 +20,12 @@ class FileLayout:
     Attributes:
         orders: order of the rows of fused parameters, by their names.
         reversed: names of weights that are (in, out) in the whole model.
+        buffers: state of all heads, by the names of the buffers that hold it.
     """
 
     orders: dict[str, torch.Tensor] = field(default_factory=dict)
     reversed: set[str] = field(default_factory=set)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Brings a state dict of whole tensors into the original layout, in place."""
@@ -31,6 +33,8 @@ class FileLayout:
             state[name] = state[name][order.argsort()]
         for name in self.reversed:
             state[name] = state[name].t().contiguous()
+        for name in state.keys() & self.buffers.keys():
+            state[name] = self.buffers[name].cpu()
 
 
 def cut_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from fairseq.distributed.fsdp import accept_whole_tensors, gather_whole
 from fairseq.distributed.groups import get_mesh
-from fairseq.model_parallel.head_state import cut_head_state, head_share
+from fairseq.model_parallel.head_state import cut_biases, cut_head_state, head_share
 from fairseq.model_parallel.layer_plan import layer_plan, replace_parts
 from fairseq.model_parallel.policies import find_policy
 from fairseq.model_parallel.policy import Layer, Policy, check_heads
@@ -79,8 +79,10 @@ def apply_tensor_parallel(
             arguments = policy.replace_arguments(config, world_size)
             replace_parts(name, layer, policy, arguments, record.undo)
             parallelize_module(layer, mesh, layer_plan(name, layer, policy, mesh, record.layout))
-            cut_head_state(name, layer, policy.head_state(), num_heads, share, record.undo)
+            states = policy.head_state()
+            cut_head_state(name, layer, states, num_heads, share, record.undo, record.layout)
             _draw_apart(layer, policy, mesh.get_local_rank(), number, device)
+        cut_biases(model, share, record.undo)
         _cut_vocabulary(model, policy, mesh)
         _tie_again(model, ties)
     except ValueError:
