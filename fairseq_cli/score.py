@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from fairseq.data.text_file import check_text_file, read_lines
+from fairseq.dataclass.arguments import CommandParser
 from fairseq.scoring import build_scorer
 from fairseq.scoring.base import load_sacrebleu
 from fairseq.scoring.bleu import corpus_bleu, format_bleu
@@ -16,11 +17,9 @@ from fairseq_cli._run import run_command
 __all__ = ["cli_main", "get_parser", "main"]
 
 
-def get_parser() -> argparse.ArgumentParser:
+def get_parser() -> CommandParser:
     """Returns the parser of fairseq-score."""
-    parser = argparse.ArgumentParser(
-        description="Score text against references by BLEU or chrF.", allow_abbrev=False
-    )
+    parser = CommandParser(description="Score text against references by BLEU or chrF.")
     parser.add_argument(
         "-s", "--sys", default="-", metavar="FILE", help="text to score (default: standard input)"
     )

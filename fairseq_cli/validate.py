@@ -7,6 +7,7 @@ import itertools
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 
 from fairseq import checkpoint_utils, options, utils
@@ -91,7 +92,7 @@ def _validate(
 ) -> dict[str, Any]:
     """Validates on one subset; prints and returns its figures."""
     task.load_dataset(subset, combine=False, epoch=1)
-    set_sequence_length([model], int(max(task.dataset(subset).sizes, default=0)) or None)
+    set_sequence_length([model], _longest_row(task.dataset(subset)))
     progress = progress_bar.progress_bar(
         _batches(cfg, task, model, subset),
         log_format=cfg.common.log_format,
@@ -117,6 +118,12 @@ def _validate(
     stats = logged.get_smoothed_values()
     progress.print(stats, tag=subset, step=len(outputs))
     return dict(stats)
+
+
+def _longest_row(dataset: Any) -> int | None:
+    """Returns the tokens of the longest row, of targets where there are pairs; None if none is."""
+    sizes = np.asarray(dataset.sizes).reshape(len(dataset), -1)  # (N, 1), or (N, 2) for pairs
+    return int(sizes[:, -1].max(initial=0)) or None
 
 
 def _batches(cfg: Any, task: Any, model: Any, subset: str) -> Any:

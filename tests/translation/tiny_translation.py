@@ -39,6 +39,9 @@ class Words:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def unk(self) -> int:
+        return 3
+
     def pad(self) -> int:
         return 1
 
@@ -75,26 +78,34 @@ def tokens_of(*shape: int, seed: int = 0, size: int = 40) -> torch.Tensor:
     return torch.randint(4, size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def write_reversal(
-    folder: Path, counts: dict[str, int], lengths: dict[str, tuple[int, int]], *, words: int = 12
+def write_pairs(
+    folder: Path,
+    counts: dict[str, int],
+    lengths: dict[str, tuple[int, int]],
+    *,
+    words: int = 12,
+    is_reversed: bool = False,
 ) -> None:
-    """Writes `<split>.src` and `<split>.tgt`: sentences, and their words mapped and reversed.
+    """Writes `<split>.src` and `<split>.tgt`: random sentences, and their words mapped one by one.
 
     Args:
         folder: where.
         counts: sentences of each split.
         lengths: fewest and most words of a sentence of each split.
         words: size of the vocabulary.
+        is_reversed: the last word comes first in the target.
     """
     draw = random.Random(0)
     folder.mkdir(exist_ok=True)
     for split, count in counts.items():
-        numbers = [
+        lines = [
             [draw.randrange(words) for _ in range(draw.randint(*lengths[split]))]
             for _ in range(count)
         ]
-        sources = [" ".join(f"s{n}" for n in line) for line in numbers]
-        targets = [" ".join(f"t{n}" for n in reversed(line)) for line in numbers]
+        sources = [" ".join(f"s{n}" for n in line) for line in lines]
+        targets = [
+            " ".join(f"t{n}" for n in (reversed(line) if is_reversed else line)) for line in lines
+        ]
         (folder / f"{split}.src").write_text("".join(f"{line}\n" for line in sources))
         (folder / f"{split}.tgt").write_text("".join(f"{line}\n" for line in targets))
 

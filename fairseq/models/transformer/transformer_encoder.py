@@ -163,7 +163,6 @@ class TransformerEncoder(FairseqEncoder):
             dtype=x.dtype,
             device=x.device,
         )
-        prepared.key_is_padding = key_is_padding
         prepared.rotate = functools.partial(
             self.positions.rotate, positions=places, sequence_length=length
         )
