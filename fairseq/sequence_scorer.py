@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Scores", "SequenceScorer", "target_log_probs"]
+from fairseq import utils
 
-# Logits are made for so many elements at a time: 64 MiB in float32.
-_MOST_LOGITS = 1 << 24
+__all__ = ["Scores", "SequenceScorer", "target_log_probs"]
 
 
 @dataclass(frozen=True)
@@ -177,13 +176,32 @@ def target_log_probs(
     decoder = _plain_decoder(model)
     if decoder is None:
         return _from_distribution(model, sample, is_scored)
-    features, extra = model.extract_features(**sample["net_input"])
-    features, target = features[is_scored], sample["target"][is_scored]  # (N, D), (N,)
-    chosen = []
-    for rows in _chunks(len(target), decoder, softmax_batch):
-        chosen.append(_log_probs_of(decoder, features[rows], target[rows]))
+    features, attention = _features(model, decoder, sample)  # (B, N, D) of the last N columns
+    num_last = features.size(1)
+    is_scored, target = is_scored[:, -num_last:], sample["target"][:, -num_last:]
+    features, target = features[is_scored], target[is_scored]  # of all rows together
+    size = softmax_batch or max(1, len(target))
+    chosen = [
+        _log_probs_of(decoder, *rows)
+        for rows in zip(features.split(size), target.split(size), strict=True)
+        if len(rows[1])
+    ]
     values = torch.cat(chosen) if chosen else features.new_zeros(0, dtype=torch.float32)
-    return values, _attention_in(extra)
+    return values, attention
+
+
+def _features(
+    model: Any, decoder: Any, sample: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns features of the last columns, those before which nothing is scored, and attention."""
+    net_input = sample["net_input"]
+    first = min(sample.get("start_indices") or [0])
+    can_skip = first > 0 and set(net_input) <= {"src_tokens", "src_lengths"}
+    if can_skip and hasattr(decoder, "extract_last_features"):
+        tokens = net_input["src_tokens"]
+        return decoder.extract_last_features(tokens, tokens.size(1) - first), None
+    features, extra = model.extract_features(**net_input)
+    return features, _attention_in(extra)
 
 
 def _plain_decoder(model: Any) -> Any:
@@ -200,28 +218,16 @@ def _plain_decoder(model: Any) -> Any:
     return decoder
 
 
-def _chunks(count: int, decoder: Any, softmax_batch: int | None) -> list[slice]:
-    adaptive = getattr(decoder, "adaptive_softmax", None)
-    size = softmax_batch or count
-    if adaptive is None:
-        size = min(size, max(1, _MOST_LOGITS // len(decoder.dictionary)))
-    size = max(size, 1)
-    return [slice(start, start + size) for start in range(0, count, size)]
-
-
 def _log_probs_of(decoder: Any, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Returns log p of each target (N,) given features (N, D), in float32."""
     if decoder.adaptive_softmax is None:
-        logits = decoder.output_layer(features).float()  # (N, V)
-        return _gather(logits, target) - torch.logsumexp(logits, dim=-1)
+        return utils.log_probs_of_targets(
+            decoder.output_layer, features, target, len(decoder.dictionary), dtype=torch.float32
+        )
     by_row: torch.Tensor = decoder.adaptive_softmax.get_target_log_prob(
         features[None], target[None]
     )
     return by_row[0]
-
-
-def _gather(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return logits.gather(1, target[:, None]).squeeze(1)
 
 
 def _from_distribution(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def against_plain(data: Path, options: argparse.Namespace) -> list[dict[str, Any
         flags += _dropout_flags(rates)
         trainer = build_trainer(data, flags, length=length, tokens=tokens)
         batch = first_batch(trainer, length)
-        forms: dict[str, Callable[[], object]] = {"ours": lambda: trainer.train_step([batch])}
+        forms: dict[str, Callable[[], object]] = {"ours": partial(trainer.train_step, [batch])}
         if not options.no_baseline:
             plain = PlainModel(trainer.get_model(), length, tokens // length, **rates)
             forms["plain"] = plain_update(plain, batch)
@@ -116,7 +117,7 @@ def against_peak(data: Path, options: argparse.Namespace) -> list[dict[str, Any]
         trainer = build_trainer(data, flags, length=length, tokens=2 * length)
         batch = first_batch(trainer, length)
         peak = peak_flops()
-        seconds = seconds_of({"ours": lambda: trainer.train_step([batch])}, options.runs)["ours"]
+        seconds = seconds_of({"ours": partial(trainer.train_step, [batch])}, options.runs)["ours"]
         flops = useful_flops(trainer.get_model().decoder, batch)
         rows.append({"width": width, "dropout": not options.no_dropout})
         rows[-1] |= {"peak GFLOP/s": peak / 1e9, "ours GFLOP/s": flops / seconds / 1e9}
@@ -168,7 +169,7 @@ def against_gpt2(data: Path, options: argparse.Namespace) -> list[dict[str, Any]
         gpt2 = GPT2(VOCABULARY, length, layers=4, width=256, heads=8, dropout=dropout)
         optimizer = torch.optim.AdamW(gpt2.parameters(), lr=3e-4, weight_decay=0.1)
         forms: dict[str, Callable[[], object]] = {
-            "ours": lambda: trainer.train_step([batch]),
+            "ours": partial(trainer.train_step, [batch]),
             "gpt2": gpt2_update(gpt2, optimizer, batch),
         }
         seconds = seconds_of(forms, options.runs)

@@ -56,10 +56,23 @@ class LMContextWindowDataset(FairseqDataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.dataset[index]
-        room = self.tokens_per_sample + self.context_window - len(item["source"])
-        context = self.dataset.sources_before(index, min(max(room, 0), self.context_window))
-        return {**item, "context": context}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Returns several rows; of successive ones, what one reads is the next one's context."""
+        items = []
+        before, following = torch.empty(0, dtype=torch.int64), -1
+        for index in map(int, indices):
+            item = self.dataset[index]
+            source = item["source"]
+            room = self.tokens_per_sample + self.context_window - len(source)
+            count = min(max(room, 0), self.context_window)
+            if index != following or len(before) < count:
+                before = self.dataset.sources_before(index, count)
+            items.append({**item, "context": before[max(len(before) - count, 0) :]})
+            before = torch.cat([before, source])[-self.context_window :]
+            following = index + 1
+        return items
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns the rows' batch with context.

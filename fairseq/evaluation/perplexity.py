@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fairseq import utils
+from fairseq.evaluation.halving import score_in_parts
 from fairseq.evaluation.word_stats import ScoredWord, WordJoiner, WordStats
 from fairseq.sequence_scorer import Scores, SequenceScorer
 
@@ -105,7 +106,7 @@ def eval_lm(
             continue
         on_device = utils.move_to_cuda(sample, device) if device.type != "cpu" else sample
         started_at = time.perf_counter()
-        scores = scorer.score(models, on_device)
+        scores = score_in_parts(scorer, models, on_device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds += time.perf_counter() - started_at

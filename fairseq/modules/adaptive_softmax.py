@@ -18,6 +18,7 @@ from torch import nn
 from fairseq.modules.adaptive_input import AdaptiveInput, band_width
 from fairseq.modules.cutoffs import band_limits
 from fairseq.modules.dropout import Dropout
+from fairseq.utils import log_probs_of_targets
 
 __all__ = ["AdaptiveSoftmax", "TiedHeadModule", "TiedLinear"]
 
@@ -267,14 +268,13 @@ class AdaptiveSoftmax(nn.Module):
         x = features.reshape(-1, features.size(-1))  # (N, D)
         rows, targets = self.adapt_target(target.reshape(-1))
         assert targets[0] is not None
-        out = _pick(self.head(x), targets[0], dtype)  # (N,)
-        for tail, here, relative in zip(self.tail, rows[1:], targets[1:], strict=True):
+        num_classes = self.cutoff[0] + self.num_tails
+        out = log_probs_of_targets(self.head, x, targets[0], num_classes, dtype=dtype)  # (N,)
+        for i, (here, relative) in enumerate(zip(rows[1:], targets[1:], strict=True)):
             if here is not None and relative is not None:
-                out = out.index_add(0, here, _pick(tail(x[here]), relative, dtype))
+                num_words = self.cutoff[i + 1] - self.cutoff[i]
+                log_word = log_probs_of_targets(
+                    self.tail[i], x[here], relative, num_words, dtype=dtype
+                )
+                out = out.index_add(0, here, log_word)
         return out.view(target.shape)
-
-
-def _pick(logits: torch.Tensor, target: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Returns log softmax (N, V_i) at the targets (N,), without forming the rest."""
-    log_sum = torch.logsumexp(logits if dtype is None else logits.to(dtype), dim=-1)
-    return logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - log_sum

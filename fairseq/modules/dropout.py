@@ -112,7 +112,8 @@ class _ReluDropout(torch.autograd.Function):
         out = torch.empty(x.shape, dtype=x.dtype)
         bits = _seeded_bits()
         mask = torch.empty(min(_CHUNK, x.numel()), dtype=x.dtype)
-        for source, part in zip(x.reshape(-1).split(_CHUNK), out.view(-1).split(_CHUNK)):
+        parts = zip(x.reshape(-1).split(_CHUNK), out.view(-1).split(_CHUNK), strict=True)
+        for source, part in parts:
             kept = mask[: part.numel()].copy_(_is_kept(bits, part.numel(), threshold))
             torch.clamp_min(source, 0, out=part).mul_(kept.mul_(ctx.scale))
         ctx.save_for_backward(out)

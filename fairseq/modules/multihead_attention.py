@@ -15,6 +15,9 @@ from fairseq.modules.incremental_state import IncrementalState, StatefulModule
 
 __all__ = ["MultiheadAttention"]
 
+# For fewer it takes longer to copy the weights than one product saves.
+_MANY_TOKENS = 256
+
 
 class MultiheadAttention(StatefulModule):
     """Projects tokens to queries, keys and values, attends, and projects back.
@@ -63,6 +66,8 @@ class MultiheadAttention(StatefulModule):
         x: torch.Tensor,
         prepared: Prepared,
         incremental_state: IncrementalState | None = None,
+        *,
+        num_last: int | None = None,
     ) -> torch.Tensor:
         """Attends from new tokens to all tokens so far.
 
@@ -70,11 +75,13 @@ class MultiheadAttention(StatefulModule):
             x: new tokens, (B, T, D).
             prepared: bias and mask for T queries and S keys.
             incremental_state: keys and values of earlier tokens; those of the new ones are added.
+            num_last: attend from so many of the new tokens, the last N, for which `prepared` is
+                then; None is all.
 
         Returns:
-            (B, T, D).
+            (B, T, D), or (B, N, D).
         """
-        q, k, v = map(self._split_heads, self._project(x))  # (B, H, T, K)
+        q, k, v = map(self._split_heads, self._project(x, num_last))  # (B, H, T, K)
         q, k = prepared.rotate(q, k)
         if incremental_state is not None:
             k, v = self._append(incremental_state, k, v, prepared.key_is_padding)  # (B, H, S, K)
@@ -82,11 +89,14 @@ class MultiheadAttention(StatefulModule):
         merged: torch.Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return merged
 
-    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Returns queries, keys and values, (B, T, D) each."""
+    def _project(self, x: torch.Tensor, num_last: int | None) -> tuple[torch.Tensor, ...]:
+        """Returns queries (B, N, D), and keys and values (B, T, D)."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        if not all(map(_is_plain, parts)):
-            return tuple(part(x) for part in parts)
+        num_tokens = x.numel() // self.embed_dim
+        is_joint = num_last is None and num_tokens >= _MANY_TOKENS and all(map(_is_plain, parts))
+        if not is_joint:
+            rest = x if num_last is None else x[:, -num_last:]
+            return self.q_proj(rest), self.k_proj(x), self.v_proj(x)
         # One product instead of three. The weights stay three parameters.
         weight = torch.cat([part.weight for part in parts])
         bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])

@@ -49,14 +49,29 @@ class TransformerDecoderLayer(nn.Module):
         x: torch.Tensor,
         prepared: Prepared,
         incremental_state: IncrementalState | None = None,
+        *,
+        num_last: int | None = None,
     ) -> torch.Tensor:
-        """Transforms (B, T, D); `prepared` and the state are handed on to the attention."""
+        """Transforms tokens.
+
+        Args:
+            x: (B, T, D).
+            prepared: handed on to the attention, like the state.
+            incremental_state: see `MultiheadAttention`.
+            num_last: how many of the tokens, the last ones, are wanted, N; None is all. All are
+                attended to.
+
+        Returns:
+            (B, T, D), or (B, N, D).
+        """
+        options = {} if num_last is None else {"num_last": num_last}
+        rest = x if num_last is None else x[:, -num_last:]
         if self.normalize_before:
-            y = self.self_attn(self.self_attn_layer_norm(x), prepared, incremental_state)
-            x = self._add(x, y)
+            y = self.self_attn(self.self_attn_layer_norm(x), prepared, incremental_state, **options)
+            x = self._add(rest, y)
             return self._add(x, self._feed_forward(self.final_layer_norm(x)))
-        y = self.self_attn(x, prepared, incremental_state)
-        x = self.self_attn_layer_norm(self._add(x, y))
+        y = self.self_attn(x, prepared, incremental_state, **options)
+        x = self.self_attn_layer_norm(self._add(rest, y))
         return self.final_layer_norm(self._add(x, self._feed_forward(x)))
 
     def _add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -224,11 +224,36 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             x = layer(x, prepared, incremental_state, *memory)
             if return_all_hiddens:
                 inner_states.append(x)
+        return self._after_layers(x), {"attn": [None], "inner_states": inner_states}
+
+    def _after_layers(self, x: torch.Tensor) -> torch.Tensor:
         if self.layer_norm is not None:
             x = self.layer_norm(x)
-        if self.project_out_dim is not None:
-            x = self.project_out_dim(x)
-        return x, {"attn": [None], "inner_states": inner_states}
+        return x if self.project_out_dim is None else self.project_out_dim(x)
+
+    def extract_last_features(self, tokens: torch.Tensor, num_last: int) -> torch.Tensor:
+        """Computes what the output layer reads of the last tokens alone.
+
+        The last layer computes keys and values of all tokens, everything else of the last ones.
+
+        Args:
+            tokens: ids, (B, S).
+            num_last: how many of the columns are wanted, N, from 1 to S.
+
+        Returns:
+            The features of the last N columns, (B, N, D); those that `extract_features` returns.
+        """
+        x = self.embed(tokens)
+        length = self._sequence_length(tokens, None, None)
+        prepared = self.prepare_attention(x, tokens, sequence_length=length)
+        *others, last = self.layers
+        for layer in others:
+            x = layer(x, prepared)
+        columns = range(tokens.size(1) - num_last, tokens.size(1))
+        of_last = self.prepare_attention(x, tokens, columns, sequence_length=length)
+        turn, turn_last = prepared.rotate, of_last.rotate
+        of_last.rotate = lambda q, k: (turn_last(q, q)[0], turn(k, k)[1])
+        return self._after_layers(last(x, of_last, num_last=num_last))
 
     def embed(self, tokens: torch.Tensor, columns: Positions | None = None) -> torch.Tensor:
         """Embeds T columns, by default all, of the tokens (B, S), as (B, T, D)."""
