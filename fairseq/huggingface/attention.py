@@ -41,6 +41,9 @@ IMPLEMENTATIONS = {"sdpa": "alibi", "eager": "alibi_eager", "flex_attention": "a
 Output = tuple[torch.Tensor, torch.Tensor | None]
 """Attention's output (B, T, H, K), and its weights (B, H, T, S) where they were made."""
 
+# What is used of transformers; filled by `register`, since torch.compile traces no import.
+_library: dict[str, Callable[..., Any]] = {}
+
 _local = threading.local()  # records: bool; seen: set of modules, or None
 
 
@@ -60,7 +63,15 @@ def register() -> None:
     Without the latter transformers would hand on no mask, and padding would be seen.
     """
     functions = import_transformers("modeling_utils").AttentionInterface
-    masks = import_transformers("masking_utils").AttentionMaskInterface
+    masking = import_transformers("masking_utils")
+    _library.update(
+        causal=masking.causal_mask_function,
+        dense_mask=masking.sdpa_mask,
+        block_mask=masking.flex_attention_mask,
+        sdpa=import_transformers("integrations.sdpa_attention").sdpa_attention_forward,
+        flex=import_transformers("integrations.flex_attention").flex_attention_forward,
+    )
+    masks = masking.AttentionMaskInterface
     for name, attend, mask in (
         ("alibi", alibi_sdpa, dense_mask),
         ("alibi_eager", alibi_eager, dense_mask),
@@ -113,8 +124,8 @@ def alibi_sdpa(
     if _records():
         return alibi_eager(module, query, key, value, attention_mask, **kwargs)
     mask = _additive(module, query, key, attention_mask, kwargs)
-    attend = import_transformers("integrations.sdpa_attention").sdpa_attention_forward
-    return attend(module, query, key, value, mask, **kwargs)
+    output: Output = _library["sdpa"](module, query, key, value, mask, **kwargs)
+    return output
 
 
 def alibi_eager(
@@ -146,7 +157,8 @@ def alibi_eager(
     if mask is not None:
         least = torch.finfo(scores.dtype).min
         scores = scores.where(mask, least) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=precise).to(query.dtype)
     weights = nn.functional.dropout(weights, dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -159,17 +171,21 @@ def alibi_flex(
     attention_mask: Any,
     **kwargs: Any,
 ) -> Output:
-    """Computes attention by FlexAttention, with no T x S tensor for the bias; see `alibi_sdpa`."""
-    attend = import_transformers("integrations.flex_attention").flex_attention_forward
+    """Computes attention by FlexAttention, with no T x S tensor for the bias; see `alibi_sdpa`.
+
+    With a cache, when queries are few, it is computed as `alibi_sdpa` does.
+    """
     bias = _bias_of(module)
     if bias is None:
-        return attend(module, query, key, value, attention_mask, **kwargs)
-    if _records() or not hasattr(attention_mask, "seq_lengths"):  # No block mask was made.
+        plain: Output = _library["flex"](module, query, key, value, attention_mask, **kwargs)
+        return plain
+    if not hasattr(attention_mask, "seq_lengths"):  # No block mask was made.
         return alibi_sdpa(module, query, key, value, attention_mask, **kwargs)
-    offset = getattr(attention_mask, "alibi_query_offset", None)
-    where = bias.positions(query, key, None, kwargs.get("position_ids"), offset)
+    where = bias.positions(query, key, None, kwargs.get("position_ids"), None)
     term = _LazyTerm(bias.linear_bias(key.size(2)), *where, device=query.device)
-    return attend(module, query, key, value, attention_mask, position_bias=term, **kwargs)
+    kwargs["position_bias"] = term
+    output: Output = _library["flex"](module, query, key, value, attention_mask, **kwargs)
+    return output
 
 
 class _LazyTerm:
@@ -244,29 +260,28 @@ def dense_mask(
     Raises:
         ValueError: positions are given, and there is padding among other keys than theirs.
     """
-    masking = import_transformers("masking_utils")
     if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
         attention_mask = None
     if given_positions() is not None:
         return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-    mask_function = mask_function or masking.causal_mask_function
-    is_plain = mask_function is masking.causal_mask_function
-    if attention_mask is None and is_plain:
+    mask_function = mask_function or _library["causal"]
+    if attention_mask is None and mask_function is _library["causal"]:
         kwargs["batch_size"] = 1  # All rows are alike.
     kwargs["allow_is_causal_skip"] = False
-    return masking.sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+    mask: torch.Tensor | None = _library["dense_mask"](
+        mask_function=mask_function, attention_mask=attention_mask, **kwargs
+    )
+    return mask
 
 
 def flex_mask(**kwargs: Any) -> Any:
-    """Returns transformers' block mask for FlexAttention, with the place of its first query."""
-    if given_positions() is not None or _records():
+    """Returns transformers' block mask for FlexAttention; a dense one where that is not used."""
+    is_whole = kwargs.get("q_length") == kwargs["kv_length"]
+    if not is_whole or given_positions() is not None or _records():
         return dense_mask(**kwargs)
-    block_mask = import_transformers("masking_utils").flex_attention_mask(**kwargs)
-    block_mask.alibi_query_offset = kwargs.get("q_offset", 0)
-    return block_mask
+    return _library["block_mask"](**kwargs)
 
 
 def supports_flex() -> bool:
     """Returns whether transformers' FlexAttention takes a bias, as it does since version 5."""
-    attend = import_transformers("integrations.flex_attention").flex_attention_forward
-    return "position_bias" in inspect.signature(attend).parameters
+    return "position_bias" in inspect.signature(_library["flex"]).parameters

@@ -122,6 +122,8 @@ def _output(model: Any, *, start: int | None = None, step: int = 1) -> torch.Ten
     """Returns the hidden states (1, T, D) for tokens that stand at start, start + step, ..."""
     tokens = _tokens(model)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if any(bias.kind == "cross" for bias in biases_of(model).values()):
+        inputs |= _encoded(model)
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
     if start is not None or step != 1:
@@ -129,6 +131,16 @@ def _output(model: Any, *, start: int | None = None, step: int = 1) -> torch.Ten
         inputs["position_ids"] = ids.unsqueeze(0)
     output: torch.Tensor = model(**inputs)[0]
     return output
+
+
+def _encoded(model: Any) -> dict[str, torch.Tensor]:
+    """Returns what a decoder's cross attention reads, where the model has no encoder itself."""
+    if model.config.is_encoder_decoder:
+        return {}
+    weight = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(1)
+    encoded = torch.randn(1, _LENGTH, model.config.hidden_size, generator=generator)
+    return {"encoder_hidden_states": encoded.to(weight)}
 
 
 def _tokens(model: Any) -> torch.Tensor:
