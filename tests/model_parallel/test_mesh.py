@@ -39,6 +39,7 @@ def settings(**changes):
     return SimpleNamespace(
         common=SimpleNamespace(cpu=True),
         distributed_training=SimpleNamespace(**distributed),
+        criterion=SimpleNamespace(ddp_backend="pytorch_ddp"),
         model=SimpleNamespace(adaptive_softmax_cutoff=changes.get("cutoff")),
     )
 
@@ -65,6 +66,7 @@ def test_data_parallel_names_a_backend(changes, backend):
     cfg = settings(**changes)
     settle_data_parallel(cfg)
     assert cfg.distributed_training.ddp_backend == backend
+    assert cfg.criterion.ddp_backend == backend
 
 
 def test_flags_that_contradict_each_other():

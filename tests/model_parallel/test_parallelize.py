@@ -6,6 +6,7 @@ Among them: a test for each shortcoming of parallelformers that its replacement 
 import multiprocessing
 import os
 import threading
+from multiprocessing.reduction import ForkingPickler
 
 import parallelize_cases
 import pytest
@@ -136,6 +137,28 @@ def test_model_to_ends_it_and_moves_the_model():
     assert Block.forward is own_forward
     assert model(torch.randn(2, 6).double())["x"].dtype == torch.float64
     handle.close()
+
+
+def test_two_models_at_a_time():
+    models = [block_model(), block_model()]
+    with torch.no_grad():
+        models[1].blocks[0].down.bias.add_(1.0)
+    x = torch.randn(2, 6)
+    wanted = [model(x)["x"] for model in models]
+    handles = [parallelize(m, num_gpus=2, custom_policies=BlockPolicy, seed=5) for m in models]
+    results = [model(x) for model in models]
+    for result, expected in zip(results, wanted, strict=True):
+        torch.testing.assert_close(result["x"], expected)
+    assert torch.equal(results[0]["noise"], results[1]["noise"])  # the same seed
+    for handle in handles:
+        handle.close()
+
+
+def test_weights_travel_once():
+    model = nn.Linear(1000, 1000)  # 4 MB
+    sizes = [len(ForkingPickler.dumps(model)) for _ in range(4)]
+    assert max(sizes) < 10_000
+    assert model.weight.is_shared()
 
 
 def test_what_is_refused_in_a_plain_script():
