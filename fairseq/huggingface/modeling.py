@@ -5,6 +5,8 @@ Shapes: `B` rows, `T` new tokens, `S` tokens so far, `V` symbols.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ from fairseq.huggingface.configuration import FairseqAlibiConfig
 
 __all__ = ["FairseqAlibiCache", "FairseqAlibiForCausalLM"]
 
+_REGISTER_PARAMETER = nn.Module.register_parameter
 _TIES_BY_SOURCE = int(transformers.__version__.partition(".")[0]) >= 5
 
 
@@ -72,16 +75,24 @@ class FairseqAlibiForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FairseqAlibiConfig) -> None:
         super().__init__(config)
-        # transformers builds on the meta device; what a model computes when it is built is needed.
-        with torch.device("cpu"):
+        with _real_tensors():
             self.decoder = build_model(config.fairseq).decoder
-        ties = tied_names(self)
+        self._ties = tied_names(self)
         form: Any = dict if _TIES_BY_SOURCE else list
-        self._tied_weights_keys = form(ties)
+        self._tied_weights_keys = form(self._ties)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leaves everything as the decoder has drawn it."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Makes the tied parameters one again, after they were loaded one by one."""
+        if _TIES_BY_SOURCE:
+            super().tie_weights(*args, **kwargs)
+            return
+        for name, source in self._ties.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.get_submodule(owner), attribute, self.get_parameter(source))
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the input embeddings, a table or an adaptive input."""
@@ -197,6 +208,22 @@ class FairseqAlibiForCausalLM(PreTrainedModel, GenerationMixin):
         if kwargs.get("logits_to_keep"):
             inputs["logits_to_keep"] = kwargs["logits_to_keep"]
         return inputs
+
+
+@contextlib.contextmanager
+def _real_tensors() -> Iterator[None]:
+    """Lets a model be built with tensors that hold something.
+
+    transformers builds on the meta device before it loads, version 4 by a `register_parameter` of
+    its own, which parts what is tied. But ties and what a model computes when it is built count.
+    """
+    replaced = nn.Module.register_parameter
+    nn.Module.register_parameter = _REGISTER_PARAMETER  # type: ignore[method-assign]
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        nn.Module.register_parameter = replaced  # type: ignore[method-assign]
 
 
 def _with_padding(
