@@ -356,7 +356,7 @@ def get_diagnose_parser(default_task: str | None = "language_modeling") -> Comma
 
 def get_doctor_parser(default_task: str | None = "language_modeling") -> CommandParser:
     """Returns the parser of fairseq-doctor; its data folder is optional."""
-    return _inspection_parser(
+    parser = _inspection_parser(
         "Check that a checkpoint's position method is really in effect; exit code 1 if a check "
         "fails. Without a data folder the model reads random words.",
         default_task,
@@ -364,6 +364,10 @@ def get_doctor_parser(default_task: str | None = "language_modeling") -> Command
         data={"dataset_impl"},
         common={"cpu", "user_dir"},
     )
+    parser.add_argument(
+        "--hf", metavar="DIR", help="folder of a Hugging Face model to examine, instead of --path"
+    )
+    return parser
 
 
 def parse_args(

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq_cli._run import run_command, set_up_logging
 from fairseq_cli.eval_lm import move_to_device
 
-__all__ = ["cli_main", "main"]
+__all__ = ["cli_main", "examine_hf", "main"]
 
 logger = logging.getLogger("fairseq_cli.doctor")
 
@@ -35,7 +36,7 @@ def cli_main() -> None:
     args = options.parse_args_and_arch(options.get_doctor_parser(), needs_data=False)
 
     def examine_as_told() -> None:
-        findings = main(namespace_to_config(args))
+        findings = examine_hf(args.hf) if args.hf else main(namespace_to_config(args))
         if any(finding.status == FAIL for finding in findings):
             sys.exit(1)
 
@@ -62,21 +63,43 @@ def main(cfg: Any) -> list[Finding]:
     overrides = literal_dict(cfg.common_eval.model_overrides, "--model-overrides")
     stored = checkpoint_utils.load_checkpoint_to_cpu(path, memory_map=True)[layout.ALIBI_KEY]
     state = checkpoint_utils.load_checkpoint_to_cpu(path, overrides, memory_map=True)
+    return _report(_examine(cfg, path, state, stored), path)
+
+
+def examine_hf(folder: str) -> list[Finding]:
+    """Examines a folder of a Hugging Face model and prints a line for each check.
+
+    Returns:
+        All findings.
+
+    Raises:
+        FileNotFoundError: it is no such folder.
+        ImportError: transformers is not installed.
+    """
+    from fairseq.huggingface.doctor import examine_folder
+
+    return _report(examine_folder(Path(folder)), folder)
+
+
+def _report(examination: Iterator[Finding], name: str) -> list[Finding]:
+    """Prints each finding as it is made, and a verdict; returns all of them."""
     started_at = time.perf_counter()
     findings = []
-    for finding in _examine(cfg, path, state, stored):
+    for finding in examination:
         print(f"{finding.status}  {finding.name:31}  {finding.text}", flush=True)
         findings.append(finding)
     seconds = time.perf_counter() - started_at
     failed = sum(finding.status == FAIL for finding in findings)
     verdict = f"{failed} of {len(findings)} checks FAILED" if failed else "all checks passed"
-    print(f"{path}: {verdict} ({seconds:.1f} s)")
+    print(f"{name}: {verdict} ({seconds:.1f} s)")
     return findings
 
 
 def _check_settings(cfg: Any) -> None:
     if cfg.common_eval.path is None:
-        raise ValueError("--path is needed: the checkpoint to examine")
+        raise ValueError(
+            "--path is needed: the checkpoint to examine (or --hf: a folder of Hugging Face)"
+        )
 
 
 def _examine(

@@ -10,10 +10,15 @@ from importlib.util import find_spec
 from typing import Any
 
 _ATTRIBUTES = {
+    "Alibi": "fairseq.huggingface.schedule",
+    "AlibiCollator": "fairseq.huggingface.schedule",
     "apply_alibi": "fairseq.huggingface.alibi",
+    "gpt2_to_transformer_lm": "fairseq.huggingface.convert",
     "is_alibi": "fairseq.huggingface.alibi",
     "policy_registry": "fairseq.huggingface.policies",
     "position_context": "fairseq.huggingface.positions",
+    "split_batch": "fairseq.huggingface.batches",
+    "transformer_lm_to_gpt2": "fairseq.huggingface.convert",
 }
 __all__ = list(_ATTRIBUTES)
 

@@ -101,7 +101,7 @@ def note_query_offset(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
     A hook before its forward; self-attention of the same layer has added its keys already.
     """
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))  # Of 5.x, of 4.x.
     cache = getattr(cache, "self_attention_cache", None)
     hidden = args[0] if args else kwargs["hidden_states"]
     before = 0 if cache is None else cache.get_seq_length() - hidden.size(1)

@@ -81,8 +81,9 @@ def test_packed_documents_are_apart() -> None:
     assert largest(found, torch.cat(alone, 1)) < _LIMIT
 
 
-def test_gaps_in_positions_are_distances() -> None:
-    model = gpt2(num_hidden_layers=1)
+@pytest.mark.parametrize("build", [pytest.param(gpt2, marks=needs_5), llama])
+def test_gaps_in_positions_are_distances(build) -> None:
+    model = build(num_hidden_layers=1)
     apply_alibi(model)
     ids = tokens(rows=1, length=4)
     mask = torch.ones_like(ids)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from tiny_models import DECODERS, ENCODERS, LENGTH, bert, gpt2, needs_5, tokens
+from tiny_models import DECODERS, ENCODERS, LENGTH, MAJOR, bert, gpt2, needs_5, tokens
 
 from fairseq.huggingface import apply_alibi, is_alibi, loading
 from fairseq.huggingface.alibi import settings_of
@@ -57,9 +57,10 @@ def test_half_precision_and_saving_again(tmp_path) -> None:
     model = gpt2().bfloat16()
     apply_alibi(model)
     model.save_pretrained(tmp_path / "a")
-    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
+    half = {"dtype" if MAJOR >= 5 else "torch_dtype": torch.bfloat16}
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "a", **half)
     loaded.save_pretrained(tmp_path / "b")
-    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "b", dtype=torch.bfloat16)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "b", **half)
     ids = tokens()
     assert torch.equal(again.eval()(ids).logits, model(ids).logits)
 

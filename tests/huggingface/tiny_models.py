@@ -71,6 +71,11 @@ def tokens(rows: int = 2, length: int = 3 * LENGTH, seed: int = 0) -> torch.Tens
     return torch.randint(2, VOCABULARY, (rows, length), generator=generator)
 
 
+def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of examples of one length; here, where worker processes can import it."""
+    return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+
+
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference."""
     return float((a.detach().double() - b.detach().double()).abs().max())
