@@ -214,6 +214,12 @@ def _train_all_epochs(
     if distributed_utils.is_master(cfg.distributed_training) and not cfg.checkpoint.no_save:
         # Only now: a run that fails before must not replace what a good one left in the folder.
         write_resolved_settings(settings, Path(cfg.checkpoint.save_dir) / SETTINGS_FILE)
+    if trainer.get_num_updates() >= (cfg.optimization.max_update or math.inf):
+        logger.info(
+            f"nothing is left to train: the checkpoint has {trainer.get_num_updates()} updates, "
+            f"--max-update is {cfg.optimization.max_update}"
+        )
+        return
     max_epoch = cfg.optimization.max_epoch or math.inf
     stop_min_lr = cfg.optimization.stop_min_lr
     lr = trainer.get_lr()
