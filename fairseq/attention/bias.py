@@ -8,13 +8,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from fairseq.attention.coordinates import Positions, position_tensor, signed_distance
 from fairseq.attention.rules import CAUSAL, AttentionRule
 
-__all__ = ["AttentionBias", "LinearBias", "Positions", "ZeroBias", "position_tensor"]
+__all__ = [
+    "AttentionBias",
+    "LinearBias",
+    "Positions",
+    "Slopes",
+    "ZeroBias",
+    "position_tensor",
+]
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """How much a term falls with each step of distance, for each head.
+
+    Attributes:
+        left: towards keys before the query, float32 (H,).
+        right: towards keys after it, float32 (H,).
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
 
 
 class AttentionBias(ABC):
@@ -26,12 +47,25 @@ class AttentionBias(ABC):
             the bias, so that each can be changed without the other.
         is_learned: whether gradients flow into the bias; such a bias is never cached.
         is_per_row: whether rows differ at the same positions; such a bias is never cached.
+        is_relative: whether it depends on query position - key position alone.
     """
 
     num_heads: int
     rule: AttentionRule = CAUSAL
     is_learned: bool = False
     is_per_row: bool = False
+    is_relative: bool = False
+
+    def decay(self) -> Slopes | None:
+        """Returns how steeply the term falls with distance; None if that is not known.
+
+        At distance d it is at most the term at distance 0, minus d times the slope of that side.
+        """
+        return None
+
+    def linear_slopes(self) -> Slopes | None:
+        """Returns slopes if the term is exactly -slope * distance on each side, else None."""
+        return None
 
     @abstractmethod
     def dense(
@@ -67,8 +101,17 @@ class AttentionBias(ABC):
 class ZeroBias(AttentionBias):
     """No bias: the method tells the order of tokens elsewhere, or not at all."""
 
+    is_relative = True
+
     def __init__(self, num_heads: int) -> None:
         self.num_heads = num_heads
+
+    def decay(self) -> Slopes:
+        return self.linear_slopes()
+
+    def linear_slopes(self) -> Slopes:
+        flat = torch.zeros(self.num_heads, dtype=torch.float32, device="cpu")
+        return Slopes(flat, flat)
 
     def dense(
         self,
@@ -95,9 +138,17 @@ class LinearBias(AttentionBias):
         slopes: one number for each head.
     """
 
+    is_relative = True
+
     def __init__(self, slopes: Sequence[float] | torch.Tensor) -> None:
         self.slopes = torch.as_tensor(slopes, dtype=torch.float32, device="cpu")  # (H,)
         self.num_heads = len(self.slopes)
+
+    def decay(self) -> Slopes:
+        return self.linear_slopes()
+
+    def linear_slopes(self) -> Slopes:
+        return Slopes(self.slopes, self.slopes)
 
     def dense(
         self,

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
-from fairseq.attention.bias import AttentionBias, LinearBias
+from fairseq.attention.bias import AttentionBias, LinearBias, Slopes
 from fairseq.attention.coordinates import Positions, signed_distance
 from fairseq.attention.rules import BIDIRECTIONAL, PrefixRule, SplitHeadsRule
 
 __all__ = ["PrefixBias", "SplitHeadsBias", "SymmetricBias", "TwoSlopeBias"]
 
-Slopes = Sequence[float] | torch.Tensor
+Numbers = Sequence[float] | torch.Tensor
 
 
 class SymmetricBias(LinearBias):
@@ -49,7 +49,7 @@ class SplitHeadsBias(LinearBias):
 
     rule: SplitHeadsRule
 
-    def __init__(self, slopes: Slopes, looks_left: Sequence[bool] | None = None) -> None:
+    def __init__(self, slopes: Numbers, looks_left: Sequence[bool] | None = None) -> None:
         super().__init__(slopes)
         if looks_left is None:
             self.rule = SplitHeadsRule.halves(self.num_heads)
@@ -73,12 +73,19 @@ class TwoSlopeBias(AttentionBias):
     """
 
     rule = BIDIRECTIONAL
+    is_relative = True
 
-    def __init__(self, left_slopes: Slopes, right_slopes: Slopes) -> None:
+    def __init__(self, left_slopes: Numbers, right_slopes: Numbers) -> None:
         self.left_slopes = torch.as_tensor(left_slopes, dtype=torch.float32, device="cpu")  # (H,)
         self.right_slopes = torch.as_tensor(right_slopes, dtype=torch.float32, device="cpu")
         self.num_heads = len(self.left_slopes)
         _check_heads("right_slopes", len(self.right_slopes), self.num_heads)
+
+    def decay(self) -> Slopes:
+        return self.linear_slopes()
+
+    def linear_slopes(self) -> Slopes:
+        return Slopes(self.left_slopes, self.right_slopes)
 
     def dense(
         self,
@@ -109,7 +116,7 @@ class PrefixBias(LinearBias):
 
     rule: PrefixRule
 
-    def __init__(self, slopes: Slopes, lengths: int | Sequence[int] | torch.Tensor) -> None:
+    def __init__(self, slopes: Numbers, lengths: int | Sequence[int] | torch.Tensor) -> None:
         super().__init__(slopes)
         self.rule = PrefixRule(lengths)
 

@@ -29,9 +29,11 @@ class AttentionRule(ABC):
 
     Attributes:
         is_per_row: whether rows differ; what is made of such a rule is not kept.
+        is_relative: whether it depends on query position - key position alone.
     """
 
     is_per_row: bool = False
+    is_relative: bool = False
 
     @abstractmethod
     def is_allowed(
@@ -64,6 +66,7 @@ class MaskRule(AttentionRule):
 
     is_causal: bool = True
     window: int | None = None
+    is_relative = True
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -102,6 +105,7 @@ class SplitHeadsRule(AttentionRule):
     """
 
     looks_left: tuple[bool, ...]
+    is_relative = True
 
     @staticmethod
     def halves(num_heads: int) -> SplitHeadsRule:

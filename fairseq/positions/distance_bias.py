@@ -35,6 +35,8 @@ class DistanceBias(AttentionBias):
         is_learned: whether gradients flow into the numbers.
     """
 
+    is_relative = True
+
     def __init__(self, formula: Formula, *numbers: torch.Tensor, is_learned: bool = False) -> None:
         self.formula = formula
         self.numbers = numbers

@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+
+DENSE = ["reference", "sdpa"]
+SELECTIVE = ["augmented", "windowed"]
+ON_CPU = [*DENSE, *SELECTIVE, "auto"]
+
+
+def prepare_or_skip(backend, *args, **options):
+    """Prepares; a selective backend that says it cannot, naming itself, is left out.
+
+    What each may leave out is tested in test_selective.py.
+    """
+    try:
+        return backend.prepare(*args, **options)
+    except ValueError as error:
+        if backend.name not in SELECTIVE:
+            raise
+        assert str(error).startswith(f"--attention-backend {backend.name}: ")
+        pytest.skip(str(error))
 
 
 def naive_attention(q, k, v, term, may_see):

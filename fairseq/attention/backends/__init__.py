@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import difflib
 
+from fairseq.attention.backends.augmented import AugmentedBackend
 from fairseq.attention.backends.auto import AutoBackend
 from fairseq.attention.backends.base import AttentionBackend, Prepared
+from fairseq.attention.backends.flash import FlashBackend
+from fairseq.attention.backends.flex import FlexBackend
 from fairseq.attention.backends.reference import ReferenceBackend
 from fairseq.attention.backends.sdpa import SdpaBackend
+from fairseq.attention.backends.windowed import WindowedBackend
 
 __all__ = ["BACKENDS", "AttentionBackend", "Prepared", "get_backend"]
 
 BACKENDS: dict[str, type[AttentionBackend]] = {
-    backend.name: backend for backend in (AutoBackend, ReferenceBackend, SdpaBackend)
+    backend.name: backend
+    for backend in (
+        AutoBackend,
+        ReferenceBackend,
+        SdpaBackend,
+        AugmentedBackend,
+        WindowedBackend,
+        FlexBackend,
+        FlashBackend,
+    )
 }
 
 

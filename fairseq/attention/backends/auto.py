@@ -1,30 +1,69 @@
-"""Chooses the faster of the dense backends for each call."""
+"""Chooses a backend for each call, by a rule that docs/attention.md tells and
+scripts/bench_attention.py measures."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass, field
+
 import torch
 
-from fairseq.attention.backends.base import Prepared
-from fairseq.attention.backends.dense import DenseBackend
+from fairseq.attention.backends.augmented import AugmentedBackend
+from fairseq.attention.backends.base import AttentionBackend, Prepared
+from fairseq.attention.backends.flash import FlashBackend
+from fairseq.attention.backends.flex import FlexBackend
 from fairseq.attention.backends.reference import ReferenceBackend
+from fairseq.attention.backends.request import Request, SelectiveBackend
 from fairseq.attention.backends.sdpa import SdpaBackend
+from fairseq.attention.backends.windowed import WindowedBackend
 
-__all__ = ["AutoBackend"]
+__all__ = ["AutoBackend", "AutoPrepared"]
+
+logger = logging.getLogger(__name__)
+
+_LONG = 1024
+"""Queries from which on tiles beat a dense mask on a CPU."""
+_LONG_WITH_DROPOUT = 256
+"""The same with attention dropout, with which the fused kernel leaves its fast path."""
+_LONG_ON_DEVICE = 2048
+"""Queries from which on a dense mask is avoided on an accelerator."""
 
 
-class AutoBackend(DenseBackend):
-    """The fused kernel, except with dropout on a CPU.
+@dataclass(kw_only=True)
+class AutoPrepared(Prepared):
+    """What was asked for, and what backends made of it so far.
 
-    There dropout takes `scaled_dot_product_attention` off its fused path, on to one slower than
-    two products with a softmax in between.
+    Attributes:
+        request: what was asked for.
+        made: by backend; one of them is made in the first layer, and serves the others.
     """
+
+    request: Request
+    made: dict[str, Prepared] = field(default_factory=dict)
+
+
+class AutoBackend(SelectiveBackend):
+    """Hands each call to the fastest backend that computes it as exactly as the reference."""
 
     name = "auto"
 
     def __init__(self) -> None:
-        super().__init__()
-        self._reference = ReferenceBackend()
-        self._sdpa = SdpaBackend()
+        backends: tuple[AttentionBackend, ...] = (
+            ReferenceBackend(),
+            SdpaBackend(),
+            AugmentedBackend(),
+            WindowedBackend(),
+            FlexBackend(),
+            FlashBackend(),
+        )
+        self._backends = {backend.name: backend for backend in backends}
+        self._has_warned = False
+
+    def obstacle(self, request: Request) -> None:
+        return None
+
+    def prepare_request(self, request: Request) -> AutoPrepared:
+        return AutoPrepared(self, key_is_padding=request.key_is_padding, request=request)
 
     def attend(
         self,
@@ -36,6 +75,59 @@ class AutoBackend(DenseBackend):
         dropout_p: float = 0.0,
         scale: float | None = None,
     ) -> torch.Tensor:
-        is_plain = dropout_p > 0 and q.device.type == "cpu"
-        kernel = self._reference if is_plain else self._sdpa
-        return kernel.attend(q, k, v, prepared, dropout_p=dropout_p, scale=scale)
+        assert isinstance(prepared, AutoPrepared)
+        name = self.choose(prepared.request, dropout_p)
+        if name not in prepared.made:
+            prepared.made[name] = prepared.request.of(self._backends[name])
+        made = prepared.made[name]
+        return made.backend.attend(q, k, v, made, dropout_p=dropout_p, scale=scale)
+
+    def choose(self, request: Request, dropout_p: float = 0.0) -> str:
+        """Returns the name of the backend for a request."""
+        length = len(request.query_positions)
+        if request.device.type == "cpu":
+            if dropout_p == 0 and _is_plainly_causal(request):
+                return AugmentedBackend.name
+            is_long = length >= (_LONG if dropout_p == 0 else _LONG_WITH_DROPOUT)
+            if is_long and self._can(WindowedBackend.name, request):
+                return WindowedBackend.name
+            return ReferenceBackend.name if dropout_p > 0 else SdpaBackend.name
+        if _is_plainly_causal(request):
+            return AugmentedBackend.name
+        if length < _LONG_ON_DEVICE:
+            return SdpaBackend.name
+        if self._can(FlashBackend.name, request):
+            return FlashBackend.name
+        if dropout_p == 0 and self._can(FlexBackend.name, request):
+            return FlexBackend.name
+        self._warn(request)
+        return SdpaBackend.name
+
+    def _can(self, name: str, request: Request) -> bool:
+        backend = self._backends[name]
+        return isinstance(backend, SelectiveBackend) and backend.obstacle(request) is None
+
+    def _warn(self, request: Request) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        reasons = "; ".join(
+            f"{name}: {backend.obstacle(request) or 'no attention dropout'}"
+            for name, backend in self._backends.items()
+            if isinstance(backend, FlashBackend | FlexBackend)
+        )
+        logger.warning(
+            "attention over %d queries takes a dense mask, since no backend without one can "
+            "compute it (%s)",
+            len(request.query_positions),
+            reasons,
+        )
+
+
+def _is_plainly_causal(request: Request) -> bool:
+    """Tells whether nothing but the future is hidden, and nothing added."""
+    slopes = request.bias.linear_slopes()
+    if slopes is None or bool(slopes.left.any()):
+        return False
+    is_square = request.shift == 0 and len(request.query_positions) == len(request.key_positions)
+    return is_square and request.hides_nothing and AugmentedBackend().obstacle(request) is None
