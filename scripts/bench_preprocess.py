@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import io
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def invented_text(words: int) -> str:
 
 def preprocess_text(text: Path, destination: Path, workers: int) -> None:
     """Does what fairseq-preprocess does."""
+    shutil.rmtree(destination, ignore_errors=True)
     flags = f"--only-source --trainpref {text} --destdir {destination} --workers {workers}"
     args = fairseq_options.get_preprocessing_parser().parse_args(flags.split())
     with contextlib.redirect_stderr(io.StringIO()):

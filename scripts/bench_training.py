@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7, help="updates of each form that count")
     parser.add_argument("--no-dropout", action="store_true", help="all dropouts 0")
     parser.add_argument("--no-baseline", action="store_true", help="measure this project alone")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a batch, with --only peak")
     parser.add_argument("--flags", default="", help="further flags of the model")
     parser.add_argument("--only", choices=["plain", "peak", "gpt2"], default="plain")
     options = parser.parse_args()
@@ -114,7 +115,7 @@ def against_peak(data: Path, options: argparse.Namespace) -> list[dict[str, Any]
     for width in (512, 1024):
         flags = [*model_flags(4, width, CUTOFFS), *options.flags.split()]
         flags += _dropout_flags({} if options.no_dropout else DROPOUTS)
-        trainer = build_trainer(data, flags, length=length, tokens=2 * length)
+        trainer = build_trainer(data, flags, length=length, tokens=options.rows * length)
         batch = first_batch(trainer, length)
         peak = peak_flops()
         seconds = seconds_of({"ours": partial(trainer.train_step, [batch])}, options.runs)["ours"]
