@@ -170,7 +170,7 @@ def test_attention_weights_are_returned(build) -> None:
 
 @needs_5
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Of torch's own compiler.
 def test_flex_attention() -> None:
     model = llama(attn_implementation="flex_attention")
     apply_alibi(model)
