@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from fairseq.attention.backends.base import Prepared
 from fairseq.attention.backends.dense import DenseBackend, DensePrepared
+from fairseq.attention.random_bits import DropMask, new_seed
 
 __all__ = ["ReferenceBackend"]
 
@@ -30,7 +31,7 @@ class ReferenceBackend(DenseBackend):
         scores = self.scores(q, k, prepared, scale=scale)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         if dropout_p > 0:
-            weights = F.dropout(weights, dropout_p)
+            weights = _drop(weights, dropout_p)
         out = torch.matmul(weights, v)  # (B, H, T, K)
         return out if prepared.is_blind is None else out.masked_fill(prepared.is_blind, 0.0)
 
@@ -47,3 +48,10 @@ class ReferenceBackend(DenseBackend):
         scores = torch.matmul(q * scale, k.transpose(-2, -1))
         scores += prepared.mask
         return scores
+
+
+def _drop(weights: torch.Tensor, rate: float) -> torch.Tensor:
+    if weights.device.type != "cpu" or weights.dtype is not torch.float32:
+        return F.dropout(weights, rate)
+    mask = DropMask(rate, new_seed())
+    return weights * mask.draw(weights).mul_(mask.scale)
