@@ -49,6 +49,8 @@ class SequenceGenerator:
         symbols_to_strip_from_output: ids left out when hypotheses are printed, beside eos.
         lm_model: a language model whose log-probabilities are added, times `lm_weight`.
         lm_weight: see above.
+        cache_error: let ALiBi's heads forget keys so far back that their attention weights sum to
+            less than this; None forgets nothing.
 
     Raises:
         ValueError: a number is out of range; the message names its flag.
@@ -74,6 +76,8 @@ class SequenceGenerator:
         symbols_to_strip_from_output: set[int] | None = None,
         lm_model: Any = None,
         lm_weight: float = 1.0,
+        *,
+        cache_error: float | None = None,
     ) -> None:
         self.models = list(models)
         self.pad = tgt_dict.pad()
@@ -108,6 +112,7 @@ class SequenceGenerator:
         self.no_repeat_ngram_size = no_repeat_ngram_size
         self.lm_model = lm_model
         self.lm_weight = lm_weight
+        self.cache_error = cache_error
         for model in (*self.models, *([] if lm_model is None else [lm_model])):
             model.eval()
 
@@ -192,7 +197,15 @@ class SequenceGenerator:
                 "no output has a probability above 0: the model's scores are not numbers, or a "
                 "prefix holds a word that cannot occur"
             )
+        self._tell_error(ensembles[0][0].largest_error)
         return beams.ended
+
+    def _tell_error(self, largest: float) -> None:
+        if self.cache_error is not None and largest > self.cache_error:
+            logger.warning(
+                f"--cache-error {self.cache_error:g}: scores grew after keys were forgotten, so "
+                f"that weights that sum to {min(largest, 1.0):.3g} may be lost; give a smaller one"
+            )
 
     def _restrictions(
         self, models: Sequence[Any], source: torch.Tensor, prefix: torch.Tensor | None
@@ -247,7 +260,11 @@ class SequenceGenerator:
     ) -> list[tuple[Ensemble, float]]:
         """Returns what has a say, each with the weight of its log-probabilities."""
         ensemble = Ensemble(
-            models, net_input, temperature=self.temperature, sequence_length=sequence_length
+            models,
+            net_input,
+            temperature=self.temperature,
+            sequence_length=sequence_length,
+            cache_error=self.cache_error,
         )
         if self.lm_model is None:
             return [(ensemble, 1.0)]

@@ -15,6 +15,7 @@ from fairseq import checkpoint_utils, tasks, utils
 from fairseq.data import encoders
 from fairseq.data.data_utils import split_paths
 from fairseq.dataclass.arguments import literal_dict
+from fairseq.generation.layout import lay_out_for_generation
 from fairseq.logging import progress_bar
 from fairseq_cli.eval_lm import move_to_device
 
@@ -96,6 +97,7 @@ def start_session(cfg: Any, *, load_data: Callable[[Any], None] | None = None) -
         _check_words(found[0], task.target_dictionary, cfg.generation.lm_path)
         extra = {"lm_model": found[0], "lm_weight": cfg.generation.lm_weight}
     device = move_to_device([*models, *filter(None, [extra.get("lm_model")])], cfg)
+    lay_out_for_generation(models)
     generator = task.build_generator(models, cfg.generation, extra_gen_cls_kwargs=extra)
     return Session(
         task=task,

@@ -369,6 +369,7 @@ GENERATION = """
 --lm-weight 0.3
 --retain-dropout
 --retain-dropout-modules "['x']"
+--cache-error 0.3
 """
 GENERATION_REFUSED = """
 --no-early-stop

@@ -560,6 +560,14 @@ class GenerationConfig(FairseqDataclass):
     no_seed_provided: bool = _option(
         False, "do not seed", unsupported="--seed counts always; give another one for other samples"
     )
+    cache_error: float | None = _option(
+        None,
+        "forget keys so far back that a head's attention weights for them sum to less than this "
+        "(ALiBi; default: forget nothing)",
+        minimum=0,
+        maximum=1,
+        extension=True,
+    )
 
 
 @dataclass

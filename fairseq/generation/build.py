@@ -55,6 +55,7 @@ def build_generator(
         "match_source_len": options.match_source_len,
         "no_repeat_ngram_size": options.no_repeat_ngram_size,
         "search_strategy": build_search(options),
+        "cache_error": options.cache_error,
         **(extra_gen_cls_kwargs or {}),
     }
     return (seq_gen_cls or SequenceGenerator)(models, tgt_dict, **given)

@@ -27,6 +27,7 @@ class _Reader:
         net_input: Mapping[str, Any],
         temperature: float,
         sequence_length: int,
+        cache_error: float | None,
     ) -> None:
         self.model = model
         self.decoder = getattr(model, "decoder", model)
@@ -37,6 +38,14 @@ class _Reader:
         self._sequence_length: dict[str, int] = {}
         if "sequence_length" in inspect.signature(self.decoder.forward).parameters:
             self._sequence_length = {"sequence_length": sequence_length}
+        self._windows: list[Any] = []
+        if cache_error is not None:
+            self._windows = _forget_far_keys(self.decoder, self.state, cache_error, sequence_length)
+
+    @property
+    def largest_error(self) -> float:
+        """Largest sum of attention weights that a query may have lost."""
+        return max((cache.largest_error for cache in self._windows), default=0.0)
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
         """Takes all tokens so far, (N, S); returns what the output layer reads, of new ones."""
@@ -75,6 +84,10 @@ class Ensemble:
             is a softmax of logits / T, with an adaptive softmax too.
         sequence_length: most tokens that hypotheses will have, prompt included; position methods
             that adapt to length take it from the start.
+        cache_error: let heads forget keys whose weights sum to less than this; None forgets none.
+
+    Raises:
+        ValueError: keys cannot be forgotten by one of the models.
     """
 
     def __init__(
@@ -84,10 +97,16 @@ class Ensemble:
         *,
         temperature: float = 1.0,
         sequence_length: int,
+        cache_error: float | None = None,
     ) -> None:
         self._readers = [
-            _Reader(model, net_input, temperature, sequence_length) for model in models
+            _Reader(model, net_input, temperature, sequence_length, cache_error) for model in models
         ]
+
+    @property
+    def largest_error(self) -> float:
+        """Largest sum of attention weights that a query of a head may have lost so far."""
+        return max(reader.largest_error for reader in self._readers)
 
     def read_prompt(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads the first tokens at once.
@@ -159,6 +178,17 @@ def _chosen(
 def _is_incremental(decoder: Any) -> bool:
     has_method = hasattr(decoder, "reorder_incremental_state")
     return has_method and "incremental_state" in inspect.signature(decoder.forward).parameters
+
+
+def _forget_far_keys(
+    decoder: Any, state: dict[str, Any] | None, error: float, sequence_length: int
+) -> list[Any]:
+    if state is None or not hasattr(decoder, "forget_far_keys"):
+        raise ValueError(
+            f"--cache-error: {type(decoder).__name__} cannot forget keys; leave it out"
+        )
+    windows: list[Any] = decoder.forget_far_keys(state, error, sequence_length)
+    return windows
 
 
 def _encode(model: Any, net_input: Mapping[str, Any]) -> Any:

@@ -47,6 +47,19 @@ class BaseFairseqModel(nn.Module):
         """
         raise NotImplementedError(f"{cls.__name__} must implement build_model(cfg, task)")
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str,
+        checkpoint_file: str = "model.pt",
+        data_name_or_path: str = ".",
+        **kwargs: Any,
+    ) -> Any:
+        """Loads checkpoints as an object that takes text; see `fairseq.hub_utils`."""
+        from fairseq.hub_utils import from_pretrained
+
+        return from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
+
     def get_targets(self, sample: Mapping[str, Any], net_output: Any) -> torch.Tensor:
         """Returns the ids that the model should predict, (B, T)."""
         target: torch.Tensor = sample["target"]

@@ -53,6 +53,8 @@ class StatefulModule(nn.Module):
     ) -> None:
         """Selects and reorders rows of every tensor this module stored, as beam search does.
 
+        What has a method `reorder` of its own is told to do it.
+
         Args:
             incremental_state: changed in place.
             new_order: int64 (new B,), for each new row the old one it continues.
@@ -60,7 +62,10 @@ class StatefulModule(nn.Module):
         prefix = self._state_key("")
         for key, stored in incremental_state.items():
             if key.startswith(prefix):
-                incremental_state[key] = {n: _select(t, new_order) for n, t in stored.items()}
+                if hasattr(stored, "reorder"):
+                    stored.reorder(new_order)
+                else:
+                    incremental_state[key] = {n: _select(t, new_order) for n, t in stored.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StatefulModule:
         """Copies with a new key, or the copy would write over the memory of the original."""

@@ -12,6 +12,7 @@ from torch import nn
 from fairseq.attention import Prepared, attend
 from fairseq.modules.basic import FairseqDropout
 from fairseq.modules.incremental_state import IncrementalState, StatefulModule
+from fairseq.modules.key_value_cache import KeyValueCache
 
 __all__ = ["MultiheadAttention"]
 
@@ -51,6 +52,7 @@ class MultiheadAttention(StatefulModule):
         self.v_proj = nn.Linear(embed_dim, embed_dim, bias)
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias)
+        self._joint: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,15 +85,22 @@ class MultiheadAttention(StatefulModule):
         """
         q, k, v = map(self._split_heads, self._project(x, num_last))  # (B, H, T, K)
         q, k = prepared.rotate(q, k)
-        if incremental_state is not None:
-            k, v = self._append(incremental_state, k, v, prepared.key_is_padding)  # (B, H, S, K)
-        out = attend(q, k, v, prepared, dropout_p=self.dropout_module.rate)  # (B, H, T, K)
+        if incremental_state is None:
+            out = attend(q, k, v, prepared, dropout_p=self.dropout_module.rate)  # (B, H, T, K)
+        else:
+            out = self.cache(incremental_state).attend(
+                q, k, v, prepared, dropout_p=self.dropout_module.rate
+            )
         merged: torch.Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return merged
 
     def _project(self, x: torch.Tensor, num_last: int | None) -> tuple[torch.Tensor, ...]:
         """Returns queries (B, N, D), and keys and values (B, T, D)."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
+        if self._joint is not None and num_last is None and not torch.is_grad_enabled():
+            weight, bias = self._joint
+            if weight.data_ptr() == self.q_proj.weight.data_ptr():
+                return F.linear(x, weight, bias).chunk(3, dim=-1)
         num_tokens = x.numel() // self.embed_dim
         is_joint = num_last is None and num_tokens >= _MANY_TOKENS and all(map(_is_plain, parts))
         if not is_joint:
@@ -106,26 +115,47 @@ class MultiheadAttention(StatefulModule):
         # The number of heads is left open: a worker may hold the projections of some heads only.
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-    def _append(
-        self,
-        incremental_state: IncrementalState,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        key_is_padding: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Puts new keys and values behind those of earlier tokens; returns all of them."""
+    def cache(
+        self, incremental_state: IncrementalState, new: KeyValueCache | None = None
+    ) -> KeyValueCache:
+        """Returns the keys and values of earlier tokens, made if there are none.
+
+        Args:
+            incremental_state: where they lie.
+            new: takes their place.
+        """
         stored = self.get_incremental_state(incremental_state, "attn_state")
-        if stored is not None:
-            k = torch.cat([_tensor(stored["prev_key"]), k], dim=2)
-            v = torch.cat([_tensor(stored["prev_value"]), v], dim=2)
-        state = {"prev_key": k, "prev_value": v, "prev_key_padding_mask": key_is_padding}
-        self.set_incremental_state(incremental_state, "attn_state", state)
-        return k, v
+        if stored is None or new is not None:
+            stored = KeyValueCache() if new is None else new
+            self.set_incremental_state(incremental_state, "attn_state", stored)
+        assert isinstance(stored, KeyValueCache)
+        return stored
 
     def num_cached(self, incremental_state: IncrementalState | None) -> int:
-        """Returns how many tokens have their keys in the incremental state."""
+        """Returns how many tokens the incremental state has seen."""
         stored = self.get_incremental_state(incremental_state, "attn_state")
-        return 0 if stored is None else _tensor(stored["prev_key"]).size(2)
+        return stored.num_tokens if isinstance(stored, KeyValueCache) else 0
+
+    def join_projections(self) -> None:
+        """Lays the weights of queries, keys and values beside each other, for generation.
+
+        They become parts of one matrix, stored by input channel, which is the faster way for few
+        tokens. The parameters keep their names, shapes and values; what replaces their storage,
+        such as a change of type, undoes it.
+        """
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        if not all(map(_is_plain, parts)):
+            return
+        with torch.no_grad():
+            weight = torch.cat([part.weight for part in parts]).t().contiguous().t()  # (3 D, D)
+            bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+            sizes = [len(part.weight) for part in parts]
+            for part, view in zip(parts, weight.split(sizes), strict=True):
+                part.weight.data = view
+            if bias is not None:
+                for part, view in zip(parts, bias.split(sizes), strict=True):
+                    part.bias.data = view
+        self._joint = (weight, bias)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, torch.Tensor], name: str) -> None:
         """Splits a joint projection of old checkpoints into q, k and v."""
@@ -147,8 +177,3 @@ def _is_plain(projection: nn.Module) -> bool:
         and not projection._backward_hooks
         and not projection._backward_pre_hooks
     )
-
-
-def _tensor(stored: torch.Tensor | None) -> torch.Tensor:
-    assert stored is not None
-    return stored

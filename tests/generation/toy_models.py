@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from typing import Any
 
 import torch
 from torch import nn
+
+from fairseq.models.transformer_lm import TransformerLanguageModel
 
 PAD, EOS, UNK = 1, 2, 3
 
@@ -60,6 +63,16 @@ class TableModel(nn.Module):
         before = tokens[-2] if len(tokens) > 1 else EOS
         logits = self.decoder.logits[before, tokens[-1]].double() / temperature
         return torch.log_softmax(logits, dim=-1).tolist()
+
+
+class _Task:
+    def __init__(self, num_words: int) -> None:
+        self.source_dictionary = self.target_dictionary = Words(num_words)
+
+
+def tiny_lm(num_words: int, **settings: Any) -> Any:
+    """Returns a transformer language model with random weights."""
+    return TransformerLanguageModel.build_model(argparse.Namespace(**settings), _Task(num_words))
 
 
 def batch(*sources: list[int]) -> dict[str, Any]:

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fairseq.attention import BIDIRECTIONAL, CAUSAL, AttentionRule, Positions, Prepared, get_backend
+from fairseq.attention import (
+    BIDIRECTIONAL,
+    CAUSAL,
+    AttentionRule,
+    LinearBias,
+    Positions,
+    Prepared,
+    get_backend,
+)
 from fairseq.attention.backends.dense import DenseBackend
 from fairseq.attention.backends.reference import ReferenceBackend
 from fairseq.attention.coordinates import at_columns
@@ -36,6 +44,7 @@ from fairseq.modules import (
     checkpoint_wrapper,
 )
 from fairseq.modules.cutoffs import parse_cutoffs
+from fairseq.modules.key_value_cache import WindowedCache
 from fairseq.positions import PositionMethod, Surroundings, find_method, table_rows
 from fairseq.positions.documents import document_numbers
 
@@ -387,6 +396,37 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         if not self.positions.uses_table:
             return None
         return getattr(self.embed_positions, "max_positions", None)
+
+    def forget_far_keys(
+        self, incremental_state: IncrementalState, error: float, sequence_length: int | None = None
+    ) -> list[WindowedCache]:
+        """Lets every head of a new incremental state forget keys that it cannot see any more.
+
+        Args:
+            incremental_state: has to be empty.
+            error: largest sum of the attention weights that a query loses in a head; see
+                `WindowedCache`.
+            sequence_length: see `forward`.
+
+        Returns:
+            The cache of each layer.
+
+        Raises:
+            ValueError: the error is out of range, or the position method is not ALiBi.
+        """
+        if not 0 < error < 1:
+            raise ValueError(f"--cache-error is {error:g}; it must be above 0 and below 1")
+        bias = self.positions.bias(sequence_length)
+        if not isinstance(bias, LinearBias):
+            raise ValueError(
+                f"--cache-error needs --position-method alibi with fixed slopes, not "
+                f"{self.positions.name}: only these tell how far a head can see"
+            )
+        caches = [WindowedCache(bias.slopes, error) for _ in self.layers]
+        layer: Any
+        for layer, cache in zip(self.layers, caches, strict=True):
+            layer.self_attn.cache(incremental_state, cache)
+        return caches
 
     def _num_cached(self, tokens: torch.Tensor, incremental_state: IncrementalState | None) -> int:
         if incremental_state is None or len(self.layers) == 0:
