@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ __all__ = ["read_checkpoint"]
 
 _REMEDY = "copy it anew from where it came, or use an earlier checkpoint"
 _ZIP_MAGIC = b"PK\x03\x04"
+# What zipfile raises: names that are no UTF-8 and parts that claim to be encrypted among them.
+_DAMAGED_ZIP = (
+    *(zipfile.BadZipFile, struct.error, UnicodeDecodeError, NotImplementedError),
+    *(RuntimeError, EOFError, OSError),
+)
 # What torch before 1.6 starts its files with: a pickle of one long number.
 _OLD_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
@@ -91,7 +97,7 @@ def _check_contents(path: Path, *, compare: bool) -> None:
             # torch can be told to write no checksums (`set_crc32_options`); all are 0 then.
             has_checksums = compare and any(record.CRC for record in records)
             damaged = archive.testzip() if has_checksums else None
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+    except _DAMAGED_ZIP as error:
         raise ValueError(f"{path} is damaged ({error}); {_REMEDY}") from error
     if damaged is not None:
         raise ValueError(

@@ -141,3 +141,19 @@ def test_compressed_parts_are_refused_unread(checked, tmp_path):
     with pytest.raises(ValueError, match="or holds compressed parts"):
         read_checkpoint(path, check=checked)
     assert memory() - before < 64 << 20
+
+
+@pytest.mark.parametrize("kind", ["a name that is no text", "a part that claims to be encrypted"])
+def test_damaged_lists_of_parts(kind, tmp_path):
+    path = as_checkpoint(tmp_path / "c.pt", b"\x80\x02}.", **{"_\xe9": b"x"})
+    content = path.read_bytes()
+    if kind == "a name that is no text":
+        content = content.replace("\xe9".encode(), b"\xc3\x28")
+    else:
+        at = content.index(b"PK\x01\x02") + 8  # the flags of the first part in the list
+        content = content[:at] + bytes([content[at] | 1]) + content[at + 1 :]
+        at = 6  # and before the part itself
+        content = content[:at] + bytes([content[at] | 1]) + content[at + 1 :]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c\.pt is damaged"):
+        read_checkpoint(path)
