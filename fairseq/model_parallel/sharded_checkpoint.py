@@ -8,7 +8,10 @@ its place in the whole: tp 2 x dp 2 can go on as tp 4, as FSDP2, or in one proce
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,7 +51,8 @@ def save_sharded(
         content[_GROUPS] = repr(
             [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         )
-    state_dict_saver.save(content, checkpoint_id=folder, no_dist=not _is_distributed())
+    with _one_process_is_no_surprise():
+        state_dict_saver.save(content, checkpoint_id=folder, no_dist=not _is_distributed())
 
 
 def load_sharded(
@@ -73,7 +77,8 @@ def load_sharded(
     if optimizer is not None:
         content |= _places_for_state(model, optimizer, stored)
         content[_GROUPS] = None
-    state_dict_loader.load(content, checkpoint_id=folder, no_dist=not _is_distributed())
+    with _one_process_is_no_surprise():
+        state_dict_loader.load(content, checkpoint_id=folder, no_dist=not _is_distributed())
     model.load_state_dict({n[len(_MODEL) :]: t for n, t in content.items() if n.startswith(_MODEL)})
     if optimizer is not None:
         for name, param in _named(model, optimizer).items():
@@ -96,10 +101,18 @@ def whole_from_sharded(folder: str | os.PathLike[str], filename: str) -> None:
         FileNotFoundError: there is no such checkpoint.
     """
     _stored(folder)
-    dcp_to_torch_save(folder, filename)
+    with _one_process_is_no_surprise():
+        dcp_to_torch_save(folder, filename)
     content = torch.load(filename, weights_only=False)
     state = {n[len(_MODEL) :]: t for n, t in content.items() if n.startswith(_MODEL)}
     torch.save({"model": state}, filename)
+
+
+@contextlib.contextmanager
+def _one_process_is_no_surprise() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _is_distributed() -> bool:

@@ -417,9 +417,32 @@ class OwnModel(nn.Module):
         return x
 
 
-class OwnPolicy(Policy):
-    layout = "parts"
+class CountingBlock(OwnBlock):
+    """Takes the place of a block while its model is cut."""
 
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        CountingBlock.calls += 1
+        return super().forward(x)
+
+
+class CountingLinear(nn.Linear):
+    """What a rule's `replace` makes of a linear map."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        CountingLinear.calls += 1
+        return super().forward(x)
+
+
+def counting(found: nn.Module) -> nn.Module:
+    found.__class__ = CountingLinear
+    return found
+
+
+class OwnPolicy(Policy):
     @staticmethod
     def original_layer_class() -> type[nn.Module]:
         return OwnBlock
@@ -433,8 +456,12 @@ class OwnPolicy(Policy):
         return {"num_heads": 4 // world_size}
 
     @staticmethod
+    def replace_modules() -> dict[str, type[nn.Module]]:
+        return {"OwnBlock": CountingBlock}
+
+    @staticmethod
     def attn_out() -> list[Layer]:
-        return [Layer(weight="out.weight", bias="out.bias")]
+        return [Layer(weight="out.weight", bias="out.bias", replace=counting)]
 
     @staticmethod
     def mlp_in() -> list[Layer]:
@@ -466,7 +493,12 @@ def own_models() -> dict[str, Any]:
         register_policy(policy)
         x = torch.randn(2, 6, 20)
         found[fused] = compared(model, lambda each, x=x: each(x).square().sum())
-        found[f"{fused} buffer"] = list(dict(model.named_buffers()))
+        found[f"{fused} calls"] = min(CountingBlock.calls, CountingLinear.calls)
+        cut, other = copy.deepcopy(model), copy.deepcopy(model)
+        apply_tensor_parallel(cut, mesh())
+        found[f"{fused} classes"] = [type(m.blocks[0]).__name__ for m in (cut, other)]
+        undo_tensor_parallel(cut)
+        found[f"{fused} classes"].append(type(cut.blocks[0]).__name__)
     return found
 
 
@@ -475,11 +507,12 @@ def trained_once(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     optimizer.zero_grad()
     lm_loss(model).backward()
     optimizer.step()
-    return gather_whole(dict(model.state_dict()))
+    return {n: t.clone() for n, t in gather_whole(dict(model.state_dict())).items()}
 
 
 def adam(model: Any) -> Any:
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+    # Where a gradient is zero but for rounding, a small epsilon would make whole steps of it.
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-2, foreach=False)
 
 
 def sharded_files(folder: str) -> dict[str, Any]:
