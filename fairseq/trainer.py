@@ -61,13 +61,13 @@ class Trainer:
         self._check_sharding(criterion)
         self._criterion: Any = self._prepare(criterion)
         self._model: Any = self._cut(self._prepare(model))
-        self._sequence_sharing = self._share_sequences()
         reports.log_shared_parameters(model)
 
         self._wrapped: dict[str, nn.Module] = {}
         self._optimizer: Any = None
         self._lr_scheduler: Any = None
         self.ema = build_ema(self._model, cfg.ema, self.device) if cfg.ema.store_ema else None
+        self._sequence_sharing = self._share_sequences()
         self._num_updates = 0
         self.optimizer_history: list[dict[str, Any]] = []
         self._gathered: dict[str, Any] | None = None

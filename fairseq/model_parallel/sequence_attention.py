@@ -4,7 +4,8 @@ A process computes the queries of its columns. `prepare` is told where its T que
 of the sequence stand; `attend` gets the keys and values of its own columns and brings those of the
 others in, in one of three ways:
 
-* `allgather`: every process gets all keys and values, and attends with any other backend.
+* `allgather`: every process gets all keys and values, which it keeps for the backward pass, and
+  attends with any other backend.
 * `ulysses`: every process gets all columns of some heads, and attends with any other backend
   (Jacobs et al. 2023, DeepSpeed Ulysses, arXiv:2309.14509).
 * `ring`: keys and values go round, see `fairseq/model_parallel/ring_attention.py`.

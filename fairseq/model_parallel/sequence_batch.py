@@ -221,5 +221,5 @@ def _completed(
 
 def _take(x: torch.Tensor, columns: Positions, dim: int) -> torch.Tensor:
     if isinstance(columns, range):
-        return x.narrow(dim, columns.start, len(columns))
+        return x.narrow(dim, columns.start, len(columns)).contiguous()
     return x.index_select(dim, columns.to(x.device))

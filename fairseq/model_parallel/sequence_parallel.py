@@ -18,10 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fairseq import utils
 from fairseq.attention import AttentionBackend
 from fairseq.distributed.groups import get_world_size
-from fairseq.model_parallel.collectives import gather_columns, total
+from fairseq.model_parallel.collectives import total
 from fairseq.model_parallel.layout import SequenceLayout
 from fairseq.model_parallel.sequence_attention import SCHEMES, sequence_backend
 from fairseq.model_parallel.sequence_batch import apply_sequence_parallelism, pad_columns
+from fairseq.model_parallel.sequence_outputs import in_order
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,8 +37,8 @@ class SequenceParallelContextManager:
     """While it is open, every process of a group computes its part of each sequence.
 
     A model called with whole sequences, the same on every process of the group, computes this
-    process's columns; `cut` cuts a batch with its targets likewise. Losses are sums over a
-    process's own targets: the loss is the sum over the group, divided by a count over the group.
+    process's columns. For our models `cut` cuts a batch with its targets likewise: a criterion's
+    loss is then a sum over a process's own targets.
 
     Gradients: summed over the group, a parameter's gradients are those of the sum of the processes'
     losses; averaged, as data parallelism over the group does, those of their mean.
@@ -88,23 +89,31 @@ class SequenceParallelContextManager:
         self.layout = SequenceLayout(size, layout)
         self.group = sequence_group(size, device_mesh)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
-        self._changes: list[_DecoderChange] = []
+        self._changes: list[Any] = []
         self._generators: list[tuple[Any, torch.Generator]] = []
 
     def __enter__(self) -> SequenceParallelContextManager:
         if self.group is None:
             return self
-        decoders = [each for model in self.models for each in _decoders(model)]
-        if not decoders:
-            raise ValueError(
-                "none of the models attends by a backend of fairseq.attention, so no sequence can "
-                "be cut for them; build them with --arch transformer_lm, or call apply_alibi"
-            )
-        self._changes = [_DecoderChange(each, self) for each in decoders]
+        try:
+            for model in self.models:
+                self._changes += self._changes_of(model)
+        except BaseException:
+            self.__exit__()
+            raise
         for module in _modules_that_draw(self.models):
             module.generator = torch.Generator()
             self._generators.append((module, module.generator))
         return self
+
+    def _changes_of(self, model: nn.Module) -> list[Any]:
+        changes: list[Any] = [_DecoderChange(each, self) for each in _decoders(model)]
+        if not changes:
+            raise ValueError(
+                f"{type(model).__name__} attends by no backend of fairseq.attention, so no sequence "
+                "can be cut for it; build it with --arch transformer_lm"
+            )
+        return changes
 
     def __exit__(self, *exception: object) -> None:
         for change in self._changes:
@@ -123,7 +132,7 @@ class SequenceParallelContextManager:
             self.layout.size,
             self.gradient_accumulation_steps,
             layout=self.layout.kind,
-            padding_idx=next((each.decoder.padding_idx for each in self._changes), 1),
+            padding_idx=next((each.padding_idx for each in self._changes), 1),
         )
         return part
 
@@ -153,6 +162,7 @@ class _DecoderChange:
     def __init__(self, decoder: Any, how: SequenceParallelContextManager) -> None:
         assert how.group is not None
         self.decoder = decoder
+        self.padding_idx: int = decoder.padding_idx
         self.how = how
         self.group = how.group
         self._original = decoder.backend
@@ -184,7 +194,7 @@ class _DecoderChange:
             if length > tokens.size(1):
                 # Position methods that adapt to length must not count what is added here.
                 kwargs.setdefault("sequence_length", tokens.size(1))
-            tokens = pad_columns(tokens, length, self.decoder.padding_idx)
+            tokens = pad_columns(tokens, length, self.padding_idx)
         if self.decoder.sequence_length is not None and "sequence_length" in kwargs:
             kwargs["sequence_length"] = self.decoder.sequence_length
         return (tokens, *others), kwargs
@@ -192,14 +202,6 @@ class _DecoderChange:
     def _gather(self, _: nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> Any:
         features, extra = output
         return in_order(features, self.group, self.how.layout)[:, : self._length], extra
-
-
-def in_order(x: torch.Tensor, group: ProcessGroup, layout: SequenceLayout) -> torch.Tensor:
-    """Gathers the columns of all processes (B, T, ...) in the order of the sequence (B, S, ...)."""
-    whole = gather_columns(x, group, 1)
-    if layout.num_segments == 1:
-        return whole
-    return whole.index_select(1, layout.order(whole.size(1)).argsort().to(x.device))
 
 
 def sequence_group(size: int, device_mesh: DeviceMesh | None = None) -> ProcessGroup | None:

@@ -6,16 +6,20 @@ written out for attention, and with the model as it was for models.
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
+from sequence_memory import trains_in_little_memory
+from sequence_training import training_cases
 from tiny_models import TINY, build, tiny_wiki103
 
-import fairseq_cli.train  # noqa: F401  loaded once, for all the processes that are started
 from fairseq.attention import (
     BIDIRECTIONAL,
     CAUSAL,
@@ -80,11 +84,12 @@ def exchanges() -> dict[str, Any]:
     found["swap"] = same(swapped, whole[:, rank * each : (rank + 1) * each])
     back = swap_heads_and_columns(swapped, group, to_heads=False)
     found["swap and back"] = same(back, own)
-    (swapped * normal(4, 2, size * columns, 5, seed=9).transpose(0, 1)[:, rank * each :][:, :each]).sum().backward()
+    (
+        swapped
+        * normal(4, 2, size * columns, 5, seed=9).transpose(0, 1)[:, rank * each :][:, :each]
+    ).sum().backward()
     expected = normal(4, 2, size * columns, 5, seed=9).transpose(0, 1)
-    found["swap's gradient"] = same(
-        own.grad, expected[:, :, rank * columns : (rank + 1) * columns]
-    )
+    found["swap's gradient"] = same(own.grad, expected[:, :, rank * columns : (rank + 1) * columns])
 
     x = torch.tensor([1.0 + rank], dtype=torch.float64, requires_grad=True)
     summed = total(x, group)
@@ -207,7 +212,9 @@ def attention_case(
     numbers_grad = grads[3].clone()
     dist.all_reduce(numbers_grad)
     are_same = [same(out, expected[:, :, which], 1e-6)]
-    are_same += [same(a, b[:, :, which], 1e-5) for a, b in zip(grads, expected_grads[:3])]
+    are_same += [
+        same(a, b[:, :, which], 1e-5) for a, b in zip(grads[:3], expected_grads[:3], strict=True)
+    ]
     return all([*are_same, same(numbers_grad, expected_grads[3], 1e-5)])
 
 
@@ -368,7 +375,9 @@ def dropout_cases() -> dict[str, Any]:
             losses = []
             for seed in (1, 1, 2):
                 sequence.seed(seed)
-                losses.append(results_of(model, CrossEntropyCriterion(Task()), sequence.cut(sample)))
+                losses.append(
+                    results_of(model, CrossEntropyCriterion(Task()), sequence.cut(sample))
+                )
         first, again, other = (sequence.total(each["loss"]).item() for each in losses)
         found[f"{scheme} repeats"] = first == again and first != other
         if scheme == "ring":
@@ -436,13 +445,35 @@ def dropped_ring_gradient() -> bool:
 def everything(cfg: Any, folder: str) -> None:
     """All of the above in one start of processes."""
     torch.set_num_threads(1)
-    found = {
-        "exchanges": exchanges(),
-        "attention": attention_cases(),
-        "models": model_cases(),
-        "gathered": gathered_outputs(),
-        "dropout": dropout_cases(),
+    size = dist.get_world_size()
+    parts = {
+        "exchanges": exchanges,
+        "attention": attention_cases,
+        "models": model_cases,
+        "gathered": gathered_outputs,
+        "dropout": dropout_cases,
+        "training": functools.partial(training_cases, size),
     }
-    torch.save(found, Path(folder) / f"found.{dist.get_rank()}.pt")
+    if size == 4 and sys.platform == "linux":
+        parts["memory"] = trains_in_little_memory
+    for name, part in parts.items():
+        try:
+            found = part()
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        torch.save(found, Path(folder) / f"{name}.{dist.get_rank()}.pt")
     dist.barrier()
     os._exit(0)
+
+
+def fails_on_rank_one(cfg: Any) -> None:
+    """Rank 1 fails between two exchanges; rank 0 waits for its keys."""
+    model = model_of("alibi")
+    with SequenceParallelContextManager(model, dist.get_world_size(), ring_attn_func="ring"):
+        if dist.get_rank() == 1:
+            model.decoder.layers[1].register_forward_pre_hook(_fail)
+        model(sample_of()["net_input"]["src_tokens"])
+
+
+def _fail(*_: Any) -> None:
+    raise ValueError("this layer is not here")

@@ -6,28 +6,71 @@ import pytest
 import sequence_workers as workers
 import torch
 from distributed_workers import settings
+from sequence_training import in_one_process
 
 from fairseq.distributed.utils import call_main
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request, tmp_path_factory):
-    """What each of 2, or 4, processes found in all cases."""
+    """Returns a function: name -> what each of 2, or 4, processes found."""
     folder = tmp_path_factory.mktemp("workers")
     call_main(settings(request.param), workers.everything, folder=str(folder))
-    return [
-        torch.load(folder / f"found.{rank}.pt", weights_only=False)
-        for rank in range(request.param)
-    ]
+
+    def of(name):
+        files = [folder / f"{name}.{rank}.pt" for rank in range(request.param)]
+        if not files[0].exists():
+            pytest.skip(f"nothing was found out about {name} on {request.param} processes")
+        each = [torch.load(file, weights_only=False) for file in files]
+        errors = [one["error"] for one in each if "error" in one]
+        assert not errors, errors[0]
+        return each
+
+    return of
 
 
 @pytest.mark.parametrize("part", ["exchanges", "attention", "gathered", "dropout"])
 def test_equal_one_process(found, part):
-    for worker in found:
-        worker[part].pop("rank", None)
-        assert {name: True for name in worker[part]} == worker[part]
+    for worker in found(part):
+        worker.pop("rank", None)
+        assert worker == dict.fromkeys(worker, True)
 
 
-def test_models_equal_one_process(found):
-    for worker in found:
-        assert {} == {name: what for name, what in worker["models"].items() if what}
+@pytest.mark.parametrize("part", ["models"])
+def test_models_equal_one_process(found, part):
+    for worker in found(part):
+        assert worker
+        assert {name: what for name, what in worker.items() if what} == {}
+
+
+def test_a_sequence_too_long_for_one_process_trains_on_four(found):
+    workers_found = found("memory")
+    assert "allocate memory" in workers_found[0]["alone"]
+    first, second = workers_found[0]["losses"]
+    assert 3.0 < second < first  # about log 50 at first
+    assert all(worker["losses"] == [first, second] for worker in workers_found)
+
+
+def test_a_process_that_fails_ends_all():
+    with pytest.raises(RuntimeError, match="worker 1: this layer is not here"):
+        call_main(settings(2), workers.fails_on_rank_one)
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """What fairseq-train does in this process, by model."""
+    return in_one_process()
+
+
+def test_training_equals_one_process(found, one_process):
+    for worker in found("training"):
+        for name, run in worker.items():
+            expected = one_process[name.split()[0]]
+            assert len(run["curve"]) == 3
+            for (loss, norm), (expected_loss, expected_norm) in zip(
+                run["curve"], expected["curve"], strict=True
+            ):
+                assert loss == pytest.approx(expected_loss, rel=1e-5), name
+                assert norm == pytest.approx(expected_norm, rel=1e-4), name
+            for key, weight in expected["weights"].items():
+                torch.testing.assert_close(run["weights"][key], weight, rtol=0, atol=2e-6)
