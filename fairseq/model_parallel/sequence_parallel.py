@@ -110,8 +110,8 @@ class SequenceParallelContextManager:
         changes: list[Any] = [_DecoderChange(each, self) for each in _decoders(model)]
         if not changes:
             raise ValueError(
-                f"{type(model).__name__} attends by no backend of fairseq.attention, so no sequence "
-                "can be cut for it; build it with --arch transformer_lm"
+                f"{type(model).__name__} attends by no backend of fairseq.attention, so no "
+                "sequence can be cut for it; build it with --arch transformer_lm"
             )
         return changes
 
