@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import gpt2, largest, tokens
+from tiny_transformers import gpt2, largest, tokens
 
 from fairseq.data.dictionary import Dictionary
 from fairseq.export import Symbols

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_models import DECODERS, MAJOR, bert, gpt2, largest, llama, needs_5, tokens
+from tiny_transformers import DECODERS, MAJOR, bert, gpt2, largest, llama, needs_5, tokens
 
 from fairseq.huggingface import apply_alibi, position_context
 from fairseq.huggingface.probe import biases_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from tiny_models import gpt2
+from tiny_transformers import gpt2
 
 from fairseq.huggingface import apply_alibi
 from fairseq.huggingface.bias import ScoreBias

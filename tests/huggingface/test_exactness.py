@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from float64_alibi import alibi, bert_logits, gpt2_logits
-from tiny_models import HEADS, VOCABULARY, bert, gpt2, largest, llama, needs_5, roberta, tokens
+from tiny_transformers import (
+    HEADS,
+    VOCABULARY,
+    bert,
+    gpt2,
+    largest,
+    llama,
+    needs_5,
+    roberta,
+    tokens,
+)
 
 from fairseq.huggingface import apply_alibi
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import gpt2, tokens
+from tiny_transformers import gpt2, tokens
 from torch import nn
 
 from fairseq.huggingface import apply_alibi, policy_registry

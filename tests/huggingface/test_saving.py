@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from tiny_models import DECODERS, ENCODERS, LENGTH, MAJOR, bert, gpt2, needs_5, tokens
+from tiny_transformers import DECODERS, ENCODERS, LENGTH, MAJOR, bert, gpt2, needs_5, tokens
 
 from fairseq.huggingface import apply_alibi, is_alibi, loading
 from fairseq.huggingface.alibi import settings_of

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tiny_models import collate, gpt2, tokens
+from tiny_transformers import collate, gpt2, tokens
 
 from fairseq.huggingface import Alibi, is_alibi, split_batch
 

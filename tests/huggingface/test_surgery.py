@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from tiny_models import (
+from tiny_transformers import (
     DECODERS,
     ENCODERS,
     LENGTH,
