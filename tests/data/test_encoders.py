@@ -37,7 +37,7 @@ def test_sentencepiece(tmp_path):
     library = pytest.importorskip("sentencepiece")
     (tmp_path / "text").write_text("the cat sat on the mat\nthe dog sat\n" * 20)
     library.SentencePieceTrainer.Train(
-        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=25,
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=16,
         minloglevel=9,
     )  # fmt: skip
     bpe = made(BPES, "sentencepiece", sentencepiece_model=str(tmp_path / "m.model"))
