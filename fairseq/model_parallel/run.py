@@ -62,7 +62,9 @@ def settle_data_parallel(cfg: Any) -> None:
     elif is_cut and backend in ("c10d", "pytorch_ddp"):
         distributed.ddp_backend = "legacy_ddp"
     criterion = getattr(cfg, "criterion", None)
-    if hasattr(criterion, "ddp_backend"):  # a copy, made when the command line was read
+    if criterion is not None and hasattr(
+        criterion, "ddp_backend"
+    ):  # a copy, made when the command line was read
         criterion.ddp_backend = distributed.ddp_backend
 
 
