@@ -154,7 +154,7 @@ def test_no_mask():
 
 def test_a_bias_that_depends_on_the_batch():
     # As where a mask is made for max_tokens // length rows of slopes and cut by the batch.
-    model = tiny_lm()
+    model = tiny_lm(attention_backend="sdpa")
     original = model.decoder.prepare_attention
 
     def prepare(x, *args, **options):
