@@ -31,24 +31,6 @@ def test_the_readme_starts_with_the_two_commands():
     assert named == [["bash", "scripts/demo.sh"], ["bash", "scripts/test.sh"]]
 
 
-@pytest.mark.parametrize("words", list(commands_of_readme()), ids=lambda words: words[0])
-def test_the_readme_s_commands_parse(words, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    parsers = {
-        "fairseq-preprocess": options.get_preprocessing_parser,
-        "fairseq-train": options.get_training_parser,
-        "python": options.get_training_parser,
-        "fairseq-eval-lm": options.get_eval_lm_parser,
-        "fairseq-extrapolate": options.get_extrapolate_parser,
-    }
-    parser = parsers[words[0]]()
-    arguments = words[2:] if words[0] == "python" else words[1:]
-    if words[0] == "fairseq-preprocess":
-        assert options.parse_args(parser, arguments).trainpref
-    else:
-        assert options.parse_args_and_arch(parser, arguments).data
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_are_the_published_command_at_their_length(path):
     length = int(path.stem.rpartition("L")[2])
