@@ -27,7 +27,11 @@ def run_examples():
 
 def test_examples():
     torch.manual_seed(0)
-    encoder, plain = run_examples()
+    encoder, plain, windowed = run_examples()
+    windows = windowed["windows"]
+    # 2 ** -8 would need more than the 2,048 keys that there are, 1/2 some tens of them.
+    assert windows.left[0] < 100 and windows.left[7] > 2048
+    assert (windows.error <= 1e-6).all()
     slopes = alibi_slopes(8)
     q = encoder["q"][:, ::4, ::7]
     expected = naive_attention(

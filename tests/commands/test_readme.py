@@ -22,7 +22,8 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL_MODEL = (
     "--decoder-layers 1 --decoder-embed-dim 32 --decoder-input-dim 32 --decoder-output-dim 32 "
     "--decoder-ffn-embed-dim 32 --adaptive-input-cutoff 20,60 --adaptive-softmax-cutoff 20,60 "
-    "--max-update 2 --warmup-updates 1 --lr-period-updates 2 --num-workers 0 --cpu --max-tokens 1024"
+    "--max-update 2 --warmup-updates 1 --lr-period-updates 2 --num-workers 0 --cpu "
+    "--max-tokens 1024"
 )
 # What makes a command small; the last of two equal flags counts.
 SMALLER = {
