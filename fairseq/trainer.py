@@ -19,12 +19,12 @@ from torch import nn
 
 from fairseq import checkpoint_utils, trainer_state, utils
 from fairseq import trainer_reports as reports
+from fairseq.attention.random_bits import set_dropout_worker
 from fairseq.distributed import utils as distributed_utils
 from fairseq.distributed.data_parallel import DistributedFairseqModel, is_fully_sharded
 from fairseq.distributed.statistics import StatisticsSum, check_gradient_norms
 from fairseq.distributed.watchdog import Heartbeat
 from fairseq.logging import metrics
-from fairseq.modules.dropout import set_dropout_worker
 from fairseq.nan_detector import NanDetector
 from fairseq.optim import FP16Optimizer, MemoryEfficientFP16Optimizer, build_optimizer
 from fairseq.optim.ema import build_ema

@@ -1,9 +1,8 @@
 """Dropout that costs a CPU a fraction of what torch's does.
 
-torch's generator for the CPU takes 5 to 8 ns for an element. Here SFC64 makes 64 random bits at a
-time, and 16 of them decide about one element: an element is zeroed if its bits, as a number, are
-below p * 65536. The others are divided by the probability with which that does not happen, so that
-the expected value is the input exactly.
+16 bits from a fast generator (`fairseq.attention.random_bits`) decide about an element: it is
+zeroed if they are below p * 65536 as a number. The others are divided by the probability with which
+that does not happen, so that the expected value is the input exactly.
 """
 
 from __future__ import annotations
@@ -16,22 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Dropout", "dropout", "dropout_mask", "relu_dropout", "set_dropout_worker"]
+from fairseq.attention.random_bits import LEVELS, bit_generator, new_seed
 
-_LEVELS = 1 << 16
+__all__ = ["Dropout", "dropout", "dropout_mask", "relu_dropout"]
+
 # Elements that are worked on together; they stay in the cache from one operation to the next.
 _CHUNK = 1 << 16
-_worker = 0
-
-
-def set_dropout_worker(rank: int) -> None:
-    """Gives this process masks of its own among workers whose torch generators are seeded alike.
-
-    Args:
-        rank: of the data-parallel worker, from 0.
-    """
-    global _worker
-    _worker = rank
 
 
 def dropout_mask(like: torch.Tensor, p: float) -> torch.Tensor:
@@ -47,18 +36,13 @@ def dropout_mask(like: torch.Tensor, p: float) -> torch.Tensor:
     Returns:
         0 where an element is zeroed, else 1 / (1 - p) for the rounded p.
     """
-    threshold = round(p * _LEVELS)
-    scale = _LEVELS / (_LEVELS - threshold)
+    threshold = round(p * LEVELS)
+    scale = LEVELS / (LEVELS - threshold)
     mask = torch.empty(like.shape, dtype=like.dtype)
-    bits = _seeded_bits()
+    bits = bit_generator(new_seed())
     for part in mask.view(-1).split(_CHUNK):
         part.copy_(_is_kept(bits, part.numel(), threshold)).mul_(scale)
     return mask
-
-
-def _seeded_bits() -> np.random.SFC64:
-    seed = int(torch.randint(torch.iinfo(torch.int64).max, ()))
-    return np.random.SFC64([seed, _worker])
 
 
 def _is_kept(bits: np.random.SFC64, count: int, threshold: int) -> torch.Tensor:
@@ -107,10 +91,10 @@ def relu_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
-        threshold = round(p * _LEVELS)
-        ctx.scale = _LEVELS / (_LEVELS - threshold)
+        threshold = round(p * LEVELS)
+        ctx.scale = LEVELS / (LEVELS - threshold)
         out = torch.empty(x.shape, dtype=x.dtype)
-        bits = _seeded_bits()
+        bits = bit_generator(new_seed())
         mask = torch.empty(min(_CHUNK, x.numel()), dtype=x.dtype)
         parts = zip(x.reshape(-1).split(_CHUNK), out.view(-1).split(_CHUNK), strict=True)
         for source, part in parts:
@@ -131,7 +115,7 @@ def _is_fast(x: torch.Tensor, p: float) -> bool:
         type(x) is torch.Tensor  # not one that is cut over processes
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
-        and 0 < round(p * _LEVELS) < _LEVELS
+        and 0 < round(p * LEVELS) < LEVELS
         and not torch.compiler.is_compiling()
     )
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from fairseq.attention.random_bits import set_dropout_worker
 from fairseq.modules.dropout import (
     Dropout,
     dropout,
     dropout_mask,
     relu_dropout,
-    set_dropout_worker,
 )
 
 COUNT = 1 << 20
