@@ -97,6 +97,7 @@ class SequenceParallelBackend(AttentionBackend):
         query_documents: torch.Tensor | None = None,
         key_documents: torch.Tensor | None = None,
         head_slice: slice | None = None,
+        dropout_p: float = 0.0,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Prepared:
@@ -123,7 +124,7 @@ class SequenceParallelBackend(AttentionBackend):
             else slice(*head_slice.indices(bias.num_heads))
         )
         queries = Places(query_positions, None, query_documents)
-        options = {"rule": rule, "dtype": dtype, "device": device}
+        options = {"rule": rule, "dropout_p": dropout_p, "dtype": dtype, "device": device}
         return self._prepare(bias, queries, keys, heads, options)
 
     @abstractmethod

@@ -14,7 +14,16 @@ from fairseq.modules.dropout import relu_dropout
 from fairseq.modules.incremental_state import IncrementalState
 from fairseq.modules.multihead_attention import MultiheadAttention
 
-__all__ = ["TransformerDecoderLayer"]
+__all__ = ["TransformerDecoderLayer", "attention_dropout"]
+
+
+def attention_dropout(layers: nn.ModuleList) -> float:
+    """Returns the rate at which a model's layers drop attention weights now."""
+    if len(layers) == 0:
+        return 0.0
+    first: Any = layers[0]
+    rate: float = first.self_attn.dropout_module.rate
+    return rate
 
 
 class TransformerDecoderLayer(nn.Module):

@@ -206,7 +206,7 @@ def test_missing_files_are_named(folder, tmp_path):
     ("given", "message"),
     [
         ({"eval_bleu": True, "eval_bleu_args": "{"}, "is no JSON"),
-        ({"eval_bleu": True, "eval_bleu_args": '{"beams": 3}'}, "keys are among beam, constraints"),
+        ({"eval_bleu": True, "eval_bleu_args": '{"beams": 3}'}, "keys are among beam, cache_error"),
         ({"eval_bleu": True, "eval_bleu_args": "[1]"}, "not an object"),
         ({"eval_bleu": True, "eval_bleu_detok_args": '{"x": 3}'}, "--eval-bleu-detok-args.*object"),
         ({"eval_bleu_detok_args": '{"target_lang": "de"}', "eval_bleu_detok": "moses"}, "needs"),

@@ -35,10 +35,13 @@ class AutoPrepared(Prepared):
 
     Attributes:
         request: what was asked for.
-        made: by backend; one of them is made in the first layer, and serves the others.
+        chosen: the backend for the rate of dropout that was asked for.
+        made: by backend. Another than the chosen one is made when a layer attends with another
+            rate.
     """
 
     request: Request
+    chosen: str
     made: dict[str, Prepared] = field(default_factory=dict)
 
 
@@ -63,7 +66,12 @@ class AutoBackend(SelectiveBackend):
         return None
 
     def prepare_request(self, request: Request) -> AutoPrepared:
-        return AutoPrepared(self, key_is_padding=request.key_is_padding, request=request)
+        chosen = self.choose(request, request.dropout_p)
+        # Now, not in the first layer, which may be computed again for its gradients.
+        made = {chosen: request.of(self._backends[chosen])}
+        return AutoPrepared(
+            self, key_is_padding=request.key_is_padding, request=request, chosen=chosen, made=made
+        )
 
     def attend(
         self,
@@ -76,7 +84,9 @@ class AutoBackend(SelectiveBackend):
         scale: float | None = None,
     ) -> torch.Tensor:
         assert isinstance(prepared, AutoPrepared)
-        name = self.choose(prepared.request, dropout_p)
+        name = prepared.chosen
+        if dropout_p != prepared.request.dropout_p:
+            name = self.choose(prepared.request, dropout_p)
         if name not in prepared.made:
             prepared.made[name] = prepared.request.of(self._backends[name])
         made = prepared.made[name]

@@ -59,6 +59,7 @@ class AttentionBackend(ABC):
         query_documents: torch.Tensor | None = None,
         key_documents: torch.Tensor | None = None,
         head_slice: slice | None = None,
+        dropout_p: float = 0.0,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Prepared:
@@ -75,6 +76,8 @@ class AttentionBackend(ABC):
                 keys of its own document alone. Distances within a document need no change.
             key_documents: (S,) or (B, S).
             head_slice: the heads that this worker computes; None is all of them.
+            dropout_p: rate that layers will attend with, by which a backend may choose what to
+                make; they may attend with another.
             dtype: of queries, keys and values.
             device: of queries, keys and values.
         """

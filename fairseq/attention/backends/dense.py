@@ -46,6 +46,7 @@ class DenseBackend(AttentionBackend):
         *,
         rule: AttentionRule = CAUSAL,
         head_slice: slice | None = None,
+        dropout_p: float = 0.0,
         dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
@@ -67,6 +68,7 @@ class DenseBackend(AttentionBackend):
         query_documents: torch.Tensor | None = None,
         key_documents: torch.Tensor | None = None,
         head_slice: slice | None = None,
+        dropout_p: float = 0.0,
         dtype: torch.dtype,
         device: torch.device,
     ) -> DensePrepared:

@@ -95,6 +95,7 @@ class RecordingBackend(AttentionBackend):
         query_documents: torch.Tensor | None = None,
         key_documents: torch.Tensor | None = None,
         head_slice: slice | None = None,
+        dropout_p: float = 0.0,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Prepared:

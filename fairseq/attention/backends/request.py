@@ -26,6 +26,7 @@ class Request:
     query_documents: torch.Tensor | None
     key_documents: torch.Tensor | None
     head_slice: slice | None
+    dropout_p: float = 0.0
     dtype: torch.dtype
     device: torch.device
 
@@ -40,6 +41,7 @@ class Request:
             query_documents=self.query_documents,
             key_documents=self.key_documents,
             head_slice=self.head_slice,
+            dropout_p=self.dropout_p,
             dtype=self.dtype,
             device=self.device,
         )
@@ -97,6 +99,7 @@ class SelectiveBackend(AttentionBackend):
         query_documents: torch.Tensor | None = None,
         key_documents: torch.Tensor | None = None,
         head_slice: slice | None = None,
+        dropout_p: float = 0.0,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Prepared:
@@ -111,6 +114,7 @@ class SelectiveBackend(AttentionBackend):
             query_documents=query_documents,
             key_documents=key_documents,
             head_slice=head_slice,
+            dropout_p=dropout_p,
             dtype=dtype,
             device=device,
         )

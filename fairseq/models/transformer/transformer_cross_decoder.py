@@ -27,6 +27,7 @@ from fairseq.models.encoder_decoder import EncoderOut
 from fairseq.models.transformer.transformer_decoder import TransformerDecoder
 from fairseq.modules.encoder_attention import Memory
 from fairseq.modules.encoder_decoder_layers import TransformerCrossDecoderLayer
+from fairseq.modules.transformer_layer import attention_dropout
 from fairseq.positions import alibi_slopes
 
 __all__ = ["TransformerCrossDecoder"]
@@ -78,6 +79,7 @@ class TransformerCrossDecoder(TransformerDecoder):
             range(states.size(1)),
             rule=BIDIRECTIONAL,
             key_is_padding=is_padding,
+            dropout_p=attention_dropout(self.layers),
             dtype=x.dtype,
             device=x.device,
         )

@@ -45,6 +45,7 @@ from fairseq.modules import (
 )
 from fairseq.modules.cutoffs import parse_cutoffs
 from fairseq.modules.key_value_cache import WindowedCache
+from fairseq.modules.transformer_layer import attention_dropout
 from fairseq.positions import PositionMethod, Surroundings, find_method, table_rows
 from fairseq.positions.documents import document_numbers
 
@@ -316,6 +317,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             query_documents=None if documents is None else at_columns(documents, new),
             key_documents=documents,
             head_slice=None if share is None else share.heads,
+            dropout_p=attention_dropout(self.layers),
             dtype=x.dtype,
             device=x.device,
         )
@@ -373,6 +375,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         return self._masks.future_mask(
             self.positions.bias(self.sequence_length or x.size(1)),
             x.size(1),
+            dropout_p=attention_dropout(self.layers),
             dtype=x.dtype,
             device=x.device,
         )

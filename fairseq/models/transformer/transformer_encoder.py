@@ -25,6 +25,7 @@ from fairseq.modules import (
     checkpoint_wrapper,
 )
 from fairseq.modules.encoder_decoder_layers import TransformerEncoderLayer
+from fairseq.modules.transformer_layer import attention_dropout
 from fairseq.positions import PositionMethod, Surroundings, find_method, table_rows
 from fairseq.positions.encoders import encoder_method, encoder_rule
 
@@ -160,6 +161,7 @@ class TransformerEncoder(FairseqEncoder):
             places,
             rule=self.rule,
             key_is_padding=key_is_padding,
+            dropout_p=attention_dropout(self.layers),
             dtype=x.dtype,
             device=x.device,
         )
