@@ -8,6 +8,7 @@ every process has; in attention the parts meet, see `fairseq/model_parallel/sequ
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,8 @@ class SequenceParallelContextManager:
 
     A model called with whole sequences, the same on every process of the group, computes this
     process's columns. For our models `cut` cuts a batch with its targets likewise: a criterion's
-    loss is then a sum over a process's own targets.
+    loss is then a sum over a process's own targets. Models of transformers, after `apply_alibi`,
+    take whole batches with `labels`, and their loss is that of the whole batch on every process.
 
     Gradients: summed over the group, a parameter's gradients are those of the sum of the processes'
     losses; averaged, as data parallelism over the group does, those of their mean.
@@ -108,10 +110,15 @@ class SequenceParallelContextManager:
 
     def _changes_of(self, model: nn.Module) -> list[Any]:
         changes: list[Any] = [_DecoderChange(each, self) for each in _decoders(model)]
+        if any(hasattr(module, "alibi") for module in model.modules()):
+            # By its name, since it is a floor above this one and needs an optional library.
+            others = import_module("fairseq.huggingface.sequence_parallel")
+            changes += [others.SharedModel(each, self) for each in others.find_models(model)]
         if not changes:
             raise ValueError(
-                f"{type(model).__name__} attends by no backend of fairseq.attention, so no "
-                "sequence can be cut for it; build it with --arch transformer_lm"
+                f"{type(model).__name__} attends neither by a backend of fairseq.attention nor by "
+                "ALiBi in a model of transformers, so no sequence can be cut for it; build it with "
+                "--arch transformer_lm, or call fairseq.huggingface.apply_alibi first"
             )
         return changes
 

@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ from fairseq.model_parallel.layout import SequenceLayout
 from fairseq.model_parallel.sequence_attention import sequence_backend
 from fairseq.model_parallel.sequence_parallel import SequenceParallelContextManager
 from fairseq.positions import METHODS
+
+# Loaded once, for all the processes that are started.
+transformers_cases = None
+if find_spec("transformers") is not None:
+    from sequence_transformers import transformers_cases
 
 SCHEMES = ("allgather", "ring", "ulysses")
 LAYOUTS = ("contiguous", "zigzag")
@@ -454,6 +460,8 @@ def everything(cfg: Any, folder: str) -> None:
         "dropout": dropout_cases,
         "training": functools.partial(training_cases, size),
     }
+    if transformers_cases is not None:
+        parts["transformers"] = transformers_cases
     if size == 4 and sys.platform == "linux":
         parts["memory"] = trains_in_little_memory
     for name, part in parts.items():

@@ -36,7 +36,7 @@ def test_equal_one_process(found, part):
         assert worker == dict.fromkeys(worker, True)
 
 
-@pytest.mark.parametrize("part", ["models"])
+@pytest.mark.parametrize("part", ["models", "transformers"])
 def test_models_equal_one_process(found, part):
     for worker in found(part):
         assert worker
