@@ -135,6 +135,8 @@ def table(results: list[dict[str, Any]], length: int) -> str:
     ]
     for arm in ARMS:
         rows = [result for result in results if result["arm"] == arm]
+        if not rows:
+            continue
         cells = [_mean([row[name] for row in rows if name in row]) for name in names]
         lines.append(f"| {arm} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines)
