@@ -36,8 +36,8 @@ class AutoPrepared(Prepared):
     Attributes:
         request: what was asked for.
         chosen: the backend for the rate of dropout that was asked for.
-        made: by backend. Another than the chosen one is made when a layer attends with another
-            rate.
+        made: by backend; the two that take a dense mask share it. Another than the chosen one is
+            made when a layer attends with another rate.
     """
 
     request: Request
@@ -67,11 +67,19 @@ class AutoBackend(SelectiveBackend):
 
     def prepare_request(self, request: Request) -> AutoPrepared:
         chosen = self.choose(request, request.dropout_p)
-        # Now, not in the first layer, which may be computed again for its gradients.
-        made = {chosen: request.of(self._backends[chosen])}
-        return AutoPrepared(
-            self, key_is_padding=request.key_is_padding, request=request, chosen=chosen, made=made
+        prepared = AutoPrepared(
+            self, key_is_padding=request.key_is_padding, request=request, chosen=chosen
         )
+        # Now, not in the first layer, which may be computed again for its gradients.
+        self._make(prepared, chosen)
+        return prepared
+
+    def _make(self, prepared: AutoPrepared, name: str) -> Prepared:
+        """Returns what a backend attends with, made the first time."""
+        maker = SdpaBackend.name if name == ReferenceBackend.name else name
+        if maker not in prepared.made:
+            prepared.made[maker] = prepared.request.of(self._backends[maker])
+        return prepared.made[maker]
 
     def attend(
         self,
@@ -87,22 +95,20 @@ class AutoBackend(SelectiveBackend):
         name = prepared.chosen
         if dropout_p != prepared.request.dropout_p:
             name = self.choose(prepared.request, dropout_p)
-        if name not in prepared.made:
-            prepared.made[name] = prepared.request.of(self._backends[name])
-        made = prepared.made[name]
-        return made.backend.attend(q, k, v, made, dropout_p=dropout_p, scale=scale)
+        made = self._make(prepared, name)
+        return self._backends[name].attend(q, k, v, made, dropout_p=dropout_p, scale=scale)
 
     def choose(self, request: Request, dropout_p: float = 0.0) -> str:
         """Returns the name of the backend for a request."""
         length = len(request.query_positions)
         if request.device.type == "cpu":
-            if dropout_p == 0 and _is_plainly_causal(request):
+            if dropout_p == 0 and self._is_plainly_causal(request):
                 return AugmentedBackend.name
             is_long = length >= (_LONG if dropout_p == 0 else _LONG_WITH_DROPOUT)
             if is_long and self._can(WindowedBackend.name, request):
                 return WindowedBackend.name
             return ReferenceBackend.name if dropout_p > 0 else SdpaBackend.name
-        if _is_plainly_causal(request):
+        if self._is_plainly_causal(request):
             return AugmentedBackend.name
         if length < _LONG_ON_DEVICE:
             return SdpaBackend.name
@@ -116,6 +122,16 @@ class AutoBackend(SelectiveBackend):
     def _can(self, name: str, request: Request) -> bool:
         backend = self._backends[name]
         return isinstance(backend, SelectiveBackend) and backend.obstacle(request) is None
+
+    def _is_plainly_causal(self, request: Request) -> bool:
+        """Tells whether nothing but the future is hidden, and nothing added."""
+        slopes = request.bias.linear_slopes()
+        if slopes is None or bool(slopes.left.any()):
+            return False
+        is_square = request.shift == 0 and len(request.query_positions) == len(
+            request.key_positions
+        )
+        return is_square and request.hides_nothing and self._can(AugmentedBackend.name, request)
 
     def _warn(self, request: Request) -> None:
         if self._has_warned:
@@ -132,12 +148,3 @@ class AutoBackend(SelectiveBackend):
             len(request.query_positions),
             reasons,
         )
-
-
-def _is_plainly_causal(request: Request) -> bool:
-    """Tells whether nothing but the future is hidden, and nothing added."""
-    slopes = request.bias.linear_slopes()
-    if slopes is None or bool(slopes.left.any()):
-        return False
-    is_square = request.shift == 0 and len(request.query_positions) == len(request.key_positions)
-    return is_square and request.hides_nothing and AugmentedBackend().obstacle(request) is None
