@@ -471,6 +471,27 @@ BASE = {
     "interactive": "data --task language_modeling",
     "preprocess": "",
 }
+# What every command takes along of how a model was trained ...
+OF_A_RUN = """
+        --validate-after-updates --fixed-validation-seed --disable-validation --max-tokens-valid
+        --batch-size-valid --max-valid-steps --curriculum --combine-valid-subsets
+        --ignore-unused-valid-subsets --grouped-shuffling --update-ordered-indices-seed
+        --ddp-backend --bucket-cap-mb --fix-batches-to-gpus --find-unused-parameters
+        --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
+        --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
+        --data-parallel --tensor-parallel-size --sequence-parallel-size
+        --sequence-parallel-attention --sequence-parallel-layout
+"""
+# ... and of where its checkpoints went.
+OF_CHECKPOINTS = """
+        --save-dir --restore-file --finetune-from-model --reset-dataloader --reset-lr-scheduler
+        --reset-meters --reset-optimizer --optimizer-overrides --save-interval
+        --save-interval-updates --keep-interval-updates --keep-last-epochs
+        --keep-best-checkpoints --keep-interval-updates-pattern --no-save
+        --no-epoch-checkpoints --no-last-checkpoints --no-save-optimizer-state
+        --best-checkpoint-metric --maximize-best-checkpoint-metric --patience
+        --load-checkpoint-on-all-dp-ranks --write-checkpoints-asynchronously --continue-once
+"""
 # Accepted because command lines carry them from one command to the next; listed in the document.
 CAME_ALONG = {
     "preprocess": """
@@ -480,79 +501,39 @@ CAME_ALONG = {
         --threshold-loss-scale --empty-cache-freq --all-gather-list-size
     """,
     "train": "--gen-subset --num-shards --shard-id",
-    "eval-lm": """
+    "eval-lm": f"""
         --seed --tensorboard-logdir --wandb-project --empty-cache-freq --all-gather-list-size
         --fp16-no-flatten-grads --fp16-init-scale --fp16-scale-window --fp16-scale-tolerance
         --min-loss-scale --threshold-loss-scale
         --skip-invalid-size-inputs-valid-test --required-batch-size-multiple
         --train-subset --valid-subset --validate-interval --validate-interval-updates
-        --validate-after-updates --fixed-validation-seed --disable-validation --max-tokens-valid
-        --batch-size-valid --max-valid-steps --curriculum --combine-valid-subsets
-        --ignore-unused-valid-subsets --grouped-shuffling --update-ordered-indices-seed
-        --ddp-backend --bucket-cap-mb --fix-batches-to-gpus --find-unused-parameters
-        --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
-        --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
-        --data-parallel --tensor-parallel-size --sequence-parallel-size
-        --sequence-parallel-attention --sequence-parallel-layout
+        {OF_A_RUN}
         --max-target-positions
     """,
-    "validate": """
+    "validate": f"""
         --tensorboard-logdir --wandb-project --empty-cache-freq
         --fp16-no-flatten-grads --fp16-init-scale --fp16-scale-window --fp16-scale-tolerance
         --min-loss-scale --threshold-loss-scale --post-process
         --gen-subset --num-shards --shard-id
         --train-subset --validate-interval --validate-interval-updates
-        --validate-after-updates --fixed-validation-seed --disable-validation --max-tokens-valid
-        --batch-size-valid --max-valid-steps --curriculum --combine-valid-subsets
-        --ignore-unused-valid-subsets --grouped-shuffling --update-ordered-indices-seed
-        --ddp-backend --bucket-cap-mb --fix-batches-to-gpus --find-unused-parameters
-        --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
-        --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
-        --data-parallel --tensor-parallel-size --sequence-parallel-size
-        --sequence-parallel-attention --sequence-parallel-layout
+        {OF_A_RUN}
     """,
-    "generate": """
+    "generate": f"""
         --tensorboard-logdir --wandb-project --empty-cache-freq --all-gather-list-size
         --fp16-no-flatten-grads --fp16-init-scale --fp16-scale-window --fp16-scale-tolerance
         --min-loss-scale --threshold-loss-scale
         --train-subset --valid-subset --validate-interval --validate-interval-updates
-        --validate-after-updates --fixed-validation-seed --disable-validation --max-tokens-valid
-        --batch-size-valid --max-valid-steps --curriculum --combine-valid-subsets
-        --ignore-unused-valid-subsets --grouped-shuffling --update-ordered-indices-seed
-        --ddp-backend --bucket-cap-mb --fix-batches-to-gpus --find-unused-parameters
-        --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
-        --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
-        --data-parallel --tensor-parallel-size --sequence-parallel-size
-        --sequence-parallel-attention --sequence-parallel-layout
-        --save-dir --restore-file --finetune-from-model --reset-dataloader --reset-lr-scheduler
-        --reset-meters --reset-optimizer --optimizer-overrides --save-interval
-        --save-interval-updates --keep-interval-updates --keep-last-epochs
-        --keep-best-checkpoints --keep-interval-updates-pattern --no-save
-        --no-epoch-checkpoints --no-last-checkpoints --no-save-optimizer-state
-        --best-checkpoint-metric --maximize-best-checkpoint-metric --patience
-        --load-checkpoint-on-all-dp-ranks --write-checkpoints-asynchronously --continue-once
+        {OF_A_RUN}
+        {OF_CHECKPOINTS}
         --max-target-positions
     """,
-    "interactive": """
+    "interactive": f"""
         --tensorboard-logdir --wandb-project --empty-cache-freq --all-gather-list-size
         --fp16-no-flatten-grads --fp16-init-scale --fp16-scale-window --fp16-scale-tolerance
         --min-loss-scale --threshold-loss-scale
         --train-subset --valid-subset --validate-interval --validate-interval-updates
-        --validate-after-updates --fixed-validation-seed --disable-validation --max-tokens-valid
-        --batch-size-valid --max-valid-steps --curriculum --combine-valid-subsets
-        --ignore-unused-valid-subsets --grouped-shuffling --update-ordered-indices-seed
-        --ddp-backend --bucket-cap-mb --fix-batches-to-gpus --find-unused-parameters
-        --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
-        --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
-        --data-parallel --tensor-parallel-size --sequence-parallel-size
-        --sequence-parallel-attention --sequence-parallel-layout
-        --save-dir --restore-file --finetune-from-model --reset-dataloader --reset-lr-scheduler
-        --reset-meters --reset-optimizer --optimizer-overrides --save-interval
-        --save-interval-updates --keep-interval-updates --keep-last-epochs
-        --keep-best-checkpoints --keep-interval-updates-pattern --no-save
-        --no-epoch-checkpoints --no-last-checkpoints --no-save-optimizer-state
-        --best-checkpoint-metric --maximize-best-checkpoint-metric --patience
-        --load-checkpoint-on-all-dp-ranks --write-checkpoints-asynchronously --continue-once
+        {OF_A_RUN}
+        {OF_CHECKPOINTS}
         --gen-subset --num-shards --shard-id --required-batch-size-multiple --dataset-impl
         --log-interval --log-format --no-progress-bar --num-workers --data-buffer-size
         --sample-break-mode --tokens-per-sample --self-target --future-target --past-target

@@ -215,10 +215,7 @@ class WindowedCache(KeyValueCache):
 def _dense(prepared: Prepared) -> DensePrepared:
     """Returns what was prepared as a mask, made in the first layer for all of them."""
     if isinstance(prepared, AutoPrepared):
-        name = SdpaBackend.name
-        if name not in prepared.made:
-            prepared.made[name] = prepared.request.of(SdpaBackend())
-        prepared = prepared.made[name]
+        prepared = prepared.form_for(SdpaBackend.name)
     if not isinstance(prepared, DensePrepared):
         raise ValueError(
             "--cache-error needs an attention backend that forms a mask; use --attention-backend "

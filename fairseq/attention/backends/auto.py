@@ -4,6 +4,7 @@ scripts/bench_attention.py measures."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -36,13 +37,22 @@ class AutoPrepared(Prepared):
     Attributes:
         request: what was asked for.
         chosen: the backend for the rate of dropout that was asked for.
+        backends: all there are, by name.
         made: by backend; the two that take a dense mask share it. Another than the chosen one is
             made when a layer attends with another rate.
     """
 
     request: Request
     chosen: str
+    backends: Mapping[str, AttentionBackend]
     made: dict[str, Prepared] = field(default_factory=dict)
+
+    def form_for(self, name: str) -> Prepared:
+        """Returns what a backend attends with, made the first time."""
+        maker = SdpaBackend.name if name == ReferenceBackend.name else name
+        if maker not in self.made:
+            self.made[maker] = self.request.of(self.backends[maker])
+        return self.made[maker]
 
 
 class AutoBackend(SelectiveBackend):
@@ -68,18 +78,15 @@ class AutoBackend(SelectiveBackend):
     def prepare_request(self, request: Request) -> AutoPrepared:
         chosen = self.choose(request, request.dropout_p)
         prepared = AutoPrepared(
-            self, key_is_padding=request.key_is_padding, request=request, chosen=chosen
+            self,
+            key_is_padding=request.key_is_padding,
+            request=request,
+            chosen=chosen,
+            backends=self._backends,
         )
         # Now, not in the first layer, which may be computed again for its gradients.
-        self._make(prepared, chosen)
+        prepared.form_for(chosen)
         return prepared
-
-    def _make(self, prepared: AutoPrepared, name: str) -> Prepared:
-        """Returns what a backend attends with, made the first time."""
-        maker = SdpaBackend.name if name == ReferenceBackend.name else name
-        if maker not in prepared.made:
-            prepared.made[maker] = prepared.request.of(self._backends[maker])
-        return prepared.made[maker]
 
     def attend(
         self,
@@ -95,7 +102,7 @@ class AutoBackend(SelectiveBackend):
         name = prepared.chosen
         if dropout_p != prepared.request.dropout_p:
             name = self.choose(prepared.request, dropout_p)
-        made = self._make(prepared, name)
+        made = prepared.form_for(name)
         return self._backends[name].attend(q, k, v, made, dropout_p=dropout_p, scale=scale)
 
     def choose(self, request: Request, dropout_p: float = 0.0) -> str:
