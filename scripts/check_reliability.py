@@ -36,6 +36,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from fairseq.checkpoint.retention import checkpoint_paths
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import make_dataset
@@ -406,29 +407,39 @@ def check_kills(kills: int, seed_: int, work: Path) -> dict[str, Any]:
         _train_whole(work / f"warm-{form}", form)
         durations[form] = _train_whole(work / form, form)
     outcomes: Counter[str] = Counter()
-    inside_saves = resumed_from = 0
+    moments: Counter[str] = Counter()
     for number in range(kills):
         form = list(FORMS)[number % len(FORMS)]
         folder = work / f"kill{number}"
         process = _start(folder, form)
-        if number % 10 == 9:
-            process.join(timeout=rng.uniform(0, durations[form]))  # perhaps before it has begun
-        else:
+        if number % 10 != 9:  # else perhaps before it has begun
             _wait_for_updates(process, folder)
-            process.join(timeout=rng.uniform(0, durations[form]))
+        process.join(timeout=rng.uniform(0, durations[form]))
+        has_ended = process.exitcode is not None
         process.kill()
         process.join()
-        inside_saves += bool(list((folder / "ckpt").glob("*.tmp")))
-        resumed_from += (folder / "ckpt/checkpoint_last.pt").exists()
+        moment = "after the end" if has_ended else moment_of(folder / "ckpt")
+        moments[moment] += 1
         _train_whole(folder, form)
         found = differences(work / form, folder)
-        outcomes["FAULT: " + ", ".join(found) if found else f"same, {form}"] += 1
+        outcome = "FAULT: " + ", ".join(found) if found else "same"
+        outcomes[f"{outcome}, {form}"] += 1
+        print(f"kill {number + 1} of {kills}, {form}: {moment}: {outcome}", file=sys.stderr)
         shutil.rmtree(folder)
-    return {
-        "outcomes": dict(outcomes),
-        "inside_saves": inside_saves,
-        "with_checkpoint": resumed_from,
-    }
+    return {"outcomes": dict(outcomes), "moments": dict(moments)}
+
+
+def moment_of(folder: Path) -> str:
+    """Returns where in a run a kill fell, by the files that it left."""
+    last = folder / "checkpoint_last.pt"
+    by_update = checkpoint_paths(folder, r"checkpoint_\d+_(\d+)\.pt") if folder.exists() else []
+    if list(folder.glob("*.tmp")):
+        return "inside a save"
+    if not by_update:
+        return "between saves" if last.exists() else "before the first save"
+    # A save writes the file by update, links the last one to it and removes the oldest.
+    is_linked = last.exists() and last.stat().st_mtime >= Path(by_update[0]).stat().st_mtime
+    return "between saves" if is_linked and len(by_update) <= 2 else "inside a save"
 
 
 # ---- the report ----
@@ -448,7 +459,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     is_bad = False
-    print("| file | bytes | cases | refused | same | other | memory, MiB |\n" + "|---" * 7 + "|")
+    if args.cases:
+        columns = "| file | bytes | cases | refused | same | other | memory, MiB |"
+        print(columns + "\n" + "|---" * 7 + "|", flush=True)
     for kind in kinds() if args.cases else ():
         found = check_kind(kind, args.cases, args.seed)
         counts = found["outcomes"]
@@ -463,8 +476,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as work:
             found = check_kills(args.kills, args.seed, Path(work))
         print(
-            f"\n{args.kills} runs killed, {found['with_checkpoint']} after their first checkpoint, "
-            f"{found['inside_saves']} inside a save; after resuming:"
+            f"\n{args.kills} runs killed: "
+            + ", ".join(f"{count} {moment}" for moment, count in found["moments"].items())
+            + "; after resuming:"
         )
         for outcome, count in found["outcomes"].items():
             print(f"  {count} {outcome}")

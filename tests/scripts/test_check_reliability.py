@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -55,3 +56,27 @@ def test_killed_runs_end_as_if_they_had_not_been(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     found = script.check_kills(5, 1, tmp_path)
     assert found["outcomes"] == {"same, float32": 3, "same, fp16": 2}
+    assert sum(found["moments"].values()) == 5
+
+
+def test_where_a_kill_fell(tmp_path):
+    def save(name, time):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time, time))
+
+    assert script.moment_of(tmp_path / "missing") == "before the first save"
+    save("checkpoint_1_1.pt.tmp", 1)
+    assert script.moment_of(tmp_path) == "inside a save"
+    (tmp_path / "checkpoint_1_1.pt.tmp").rename(tmp_path / "checkpoint_1_1.pt")
+    assert script.moment_of(tmp_path) == "inside a save"  # the last one is not linked yet
+    save("checkpoint_last.pt", 1)
+    assert script.moment_of(tmp_path) == "between saves"
+    save("checkpoint_1_2.pt", 2)
+    assert script.moment_of(tmp_path) == "inside a save"
+    save("checkpoint_1_3.pt", 3)
+    save("checkpoint_last.pt", 3)
+    assert script.moment_of(tmp_path) == "inside a save"  # the oldest is not removed yet
+    (tmp_path / "checkpoint_1_1.pt").unlink()
+    assert script.moment_of(tmp_path) == "between saves"
+    save("checkpoint_last.pt", 4)  # after an epoch's end no file by update is written
+    assert script.moment_of(tmp_path) == "between saves"
