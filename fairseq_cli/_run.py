@@ -118,8 +118,14 @@ def _hold_terminate() -> None:
 
 
 def _release_terminate() -> None:
-    if _is_ours():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    """Lets a SIGTERM that came meanwhile in a moment later: what is raised here gets lost."""
+    if not _is_ours():
+        return
+    if signal.SIGTERM in signal.sigpending():
+        signal.sigwait({signal.SIGTERM})
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _forget_handler() -> None:

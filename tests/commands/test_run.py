@@ -147,3 +147,20 @@ def test_the_installed_commands_start_the_modules_of_their_names():
         name = command.removeprefix("fairseq-").replace("-", "_")
         assert target == f"fairseq_cli._commands:{name}"
         assert getattr(_commands, name).args == (name,)
+
+
+def test_a_termination_that_comes_during_a_fork_is_not_lost():
+    # Hooks that stand before a fork are called in the opposite order: ours is the first of them.
+    code = (
+        "import os, signal, sys, time\n"
+        "os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "from fairseq_cli._run import run_command\n"
+        "def main():\n"
+        "    if os.fork() == 0:\n"
+        "        os._exit(0)\n"
+        "    os.wait()\n"
+        "    time.sleep(20)\n"
+        "run_command(main)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stderr) == (143, "terminated\n")
