@@ -3,8 +3,8 @@
 
 Prints a table. `--cases` damaged files of each kind are read: each has to be refused with a message
 or to read as the same content (of text and ids, which have no checksum: as some content), within
-time and memory. `--kills` runs are killed at random moments and resumed: each has to end with the
-tensors and log lines of the run that nobody killed.
+time and memory. `--kills` runs are killed at random moments, two of five at the next save from
+there, and resumed: each has to end with the tensors and log lines of the run that nobody killed.
 """
 
 from __future__ import annotations
@@ -342,6 +342,11 @@ def _wait_for_updates(process: Any, folder: Path) -> None:
         time.sleep(0.002)
 
 
+def _wait_for_a_save(process: Any, folder: Path) -> None:
+    while process.is_alive() and not list(folder.glob("*.tmp")):
+        time.sleep(0.0002)
+
+
 _CLOCKS = ("wps", "ups", "wall")
 
 
@@ -414,7 +419,9 @@ def check_kills(kills: int, seed_: int, work: Path) -> dict[str, Any]:
         process = _start(folder, form)
         if number % 10 != 9:  # else perhaps before it has begun
             _wait_for_updates(process, folder)
-        process.join(timeout=rng.uniform(0, durations[form]))
+        process.join(timeout=rng.uniform(0, 0.9 * durations[form]))
+        if number % 5 > 2:
+            _wait_for_a_save(process, folder / "ckpt")
         has_ended = process.exitcode is not None
         process.kill()
         process.join()
