@@ -416,16 +416,9 @@ def check_kills(kills: int, seed_: int, work: Path) -> dict[str, Any]:
     for number in range(kills):
         form = list(FORMS)[number % len(FORMS)]
         folder = work / f"kill{number}"
-        process = _start(folder, form)
-        if number % 10 != 9:  # else perhaps before it has begun
-            _wait_for_updates(process, folder)
-        process.join(timeout=rng.uniform(0, 0.9 * durations[form]))
-        if number % 5 > 2:
-            _wait_for_a_save(process, folder / "ckpt")
-        has_ended = process.exitcode is not None
-        process.kill()
-        process.join()
-        moment = "after the end" if has_ended else moment_of(folder / "ckpt")
+        while not _kill_a_run(folder, form, number, rng.uniform(0, durations[form])):
+            shutil.rmtree(folder)  # it had ended before
+        moment = moment_of(folder / "ckpt")
         moments[moment] += 1
         _train_whole(folder, form)
         found = differences(work / form, folder)
@@ -434,6 +427,19 @@ def check_kills(kills: int, seed_: int, work: Path) -> dict[str, Any]:
         print(f"kill {number + 1} of {kills}, {form}: {moment}: {outcome}", file=sys.stderr)
         shutil.rmtree(folder)
     return {"outcomes": dict(outcomes), "moments": dict(moments)}
+
+
+def _kill_a_run(folder: Path, form: str, number: int, delay_s: float) -> bool:
+    """Starts a run and kills it some seconds after its first update; returns whether it could."""
+    process = _start(folder, form)
+    if number % 10 != 9:  # else perhaps before it has begun
+        _wait_for_updates(process, folder)
+    process.join(timeout=delay_s)
+    if number % 5 in (1, 3):
+        _wait_for_a_save(process, folder / "ckpt")
+    process.kill()
+    process.join()
+    return bool(process.exitcode)
 
 
 def moment_of(folder: Path) -> str:
