@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from fairseq.attention.backends.reference import ReferenceBackend
+from fairseq.attention.backends.request import Request
 from fairseq.attention.bias import AttentionBias, Positions
 from fairseq.attention.rules import CAUSAL, AttentionRule
 
@@ -64,19 +65,20 @@ def attend_with_lse(
         (output (B, H, T, K) in the dtype of q, log-sum-exp (B, H, T) in float32, in nats).
     """
     backend = ReferenceBackend()
-    prepared = backend.prepare(
-        bias,
-        query_positions,
-        key_positions,
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    request = Request(
+        bias=bias,
+        query_positions=query_positions,
+        key_positions=key_positions,
         rule=rule,
         key_is_padding=key_is_padding,
         query_documents=query_documents,
         key_documents=key_documents,
         head_slice=head_slice,
-        dtype=torch.promote_types(q.dtype, torch.float32),
+        dtype=dtype,
         device=q.device,
     )
-    dtype = prepared.mask.dtype
+    prepared = backend.prepare_request(request)
     scores = backend.scores(q.to(dtype), k.to(dtype), prepared, scale=scale)  # (B, H, T, S)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.unsqueeze(-1))

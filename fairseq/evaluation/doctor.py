@@ -10,6 +10,7 @@ Shapes: `B` rows, `T` tokens, `H` heads.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 
 from fairseq.attention import AttentionBackend, Positions, Prepared, ZeroBias, attend
 from fairseq.attention.backends.recording import RecordingBackend
-from fairseq.attention.bias import AttentionBias
+from fairseq.attention.backends.request import Request
 from fairseq.evaluation.diagnostics import use_backend
 from fairseq.evaluation.rounding import FLOAT32_TOLERANCE, relative_difference, rounding_error
 from fairseq.positions import PositionMethod, alibi_slopes
@@ -249,15 +250,13 @@ class _ShiftedBackend(AttentionBackend):
         self._inner = inner
         self._shift = shift
 
-    def prepare(
-        self,
-        bias: AttentionBias,
-        query_positions: Positions,
-        key_positions: Positions,
-        **options: Any,
-    ) -> Prepared:
-        query = _later(query_positions, self._shift)
-        return self._inner.prepare(bias, query, _later(key_positions, self._shift), **options)
+    def prepare_request(self, request: Request) -> Prepared:
+        later = dataclasses.replace(
+            request,
+            query_positions=_later(request.query_positions, self._shift),
+            key_positions=_later(request.key_positions, self._shift),
+        )
+        return later.of(self._inner)
 
     def attend(self, *args: Any, **options: Any) -> torch.Tensor:
         return self._inner.attend(*args, **options)

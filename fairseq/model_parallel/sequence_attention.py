@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 
 from fairseq.attention import (
-    CAUSAL,
     AttentionBackend,
     AttentionBias,
     AttentionRule,
     Positions,
     Prepared,
 )
+from fairseq.attention.backends.request import Request
 from fairseq.model_parallel.block_attention import BlockScores, Places
 from fairseq.model_parallel.collectives import (
     RingOfProcesses,
@@ -86,46 +86,35 @@ class SequenceParallelBackend(AttentionBackend):
         self.layout = layout
         self.rank = dist.get_rank(group)
 
-    def prepare(
-        self,
-        bias: AttentionBias,
-        query_positions: Positions,
-        key_positions: Positions,
-        *,
-        rule: AttentionRule = CAUSAL,
-        key_is_padding: torch.Tensor | None = None,
-        query_documents: torch.Tensor | None = None,
-        key_documents: torch.Tensor | None = None,
-        head_slice: slice | None = None,
-        dropout_p: float = 0.0,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Prepared:
+    def prepare_request(self, request: Request) -> Prepared:
         """See `AttentionBackend.prepare`.
 
         Args:
-            query_positions: positions of this process's T queries, as the layout says.
-            key_positions: positions of all S keys, in the order of the sequence.
+            request: with the positions of this process's T queries, as the layout says, and those
+                of all S keys, in the order of the sequence.
 
         Raises:
             ValueError: the queries are not this process's part of the keys.
         """
-        num_queries, num_keys = _length(query_positions), _length(key_positions)
+        num_queries, num_keys = _length(request.query_positions), _length(request.key_positions)
         if num_queries * self.layout.size != num_keys:
             raise ValueError(
                 f"{num_queries} queries are given for {num_keys} keys, but each of "
                 f"{self.layout.size} processes computes an equal part of a sequence; give whole "
                 "sequences, padded to a multiple, with `columns`, and no incremental state"
             )
-        keys = Places(key_positions, key_is_padding, key_documents)
-        heads = (
-            slice(0, bias.num_heads, 1)
-            if head_slice is None
-            else slice(*head_slice.indices(bias.num_heads))
-        )
-        queries = Places(query_positions, None, query_documents)
-        options = {"rule": rule, "dropout_p": dropout_p, "dtype": dtype, "device": device}
-        return self._prepare(bias, queries, keys, heads, options)
+        keys = Places(request.key_positions, request.key_is_padding, request.key_documents)
+        queries = Places(request.query_positions, None, request.query_documents)
+        num_heads = request.bias.num_heads
+        which = request.head_slice
+        heads = slice(0, num_heads, 1) if which is None else slice(*which.indices(num_heads))
+        options = {
+            "rule": request.rule,
+            "dropout_p": request.dropout_p,
+            "dtype": request.dtype,
+            "device": request.device,
+        }
+        return self._prepare(request.bias, queries, keys, heads, options)
 
     @abstractmethod
     def _prepare(

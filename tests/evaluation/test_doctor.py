@@ -275,7 +275,7 @@ def test_a_crash_is_a_failure_with_its_reason():
 
 
 class Crashing(ReferenceBackend):
-    def prepare(self, bias, query_positions, key_positions, **options):
-        if len(query_positions) < len(key_positions):
+    def prepare_request(self, request):
+        if len(request.query_positions) < len(request.key_positions):
             raise NotImplementedError("no cache here")
-        return super().prepare(bias, query_positions, key_positions, **options)
+        return super().prepare_request(request)

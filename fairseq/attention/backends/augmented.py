@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fairseq.attention.backends.base import Prepared
-from fairseq.attention.backends.request import Request, SelectiveBackend
+from fairseq.attention.backends.base import AttentionBackend, Prepared
+from fairseq.attention.backends.request import Request
 from fairseq.attention.mask import hidden_keys
 from fairseq.attention.rules import CAUSAL
 
@@ -48,7 +48,7 @@ class AugmentedPrepared(Prepared):
     slopes: torch.Tensor
 
 
-class AugmentedBackend(SelectiveBackend):
+class AugmentedBackend(AttentionBackend):
     """Torch's fused kernel on widened queries, keys and values; causal linear biases alone.
 
     Without a bias nothing is widened: that is the kernel's own causal attention.

@@ -14,7 +14,7 @@ from fairseq.attention.backends.base import AttentionBackend, Prepared
 from fairseq.attention.backends.flash import FlashBackend
 from fairseq.attention.backends.flex import FlexBackend
 from fairseq.attention.backends.reference import ReferenceBackend
-from fairseq.attention.backends.request import Request, SelectiveBackend
+from fairseq.attention.backends.request import Request
 from fairseq.attention.backends.sdpa import SdpaBackend
 from fairseq.attention.backends.windowed import WindowedBackend
 
@@ -55,7 +55,7 @@ class AutoPrepared(Prepared):
         return self.made[maker]
 
 
-class AutoBackend(SelectiveBackend):
+class AutoBackend(AttentionBackend):
     """Hands each call to the fastest backend that computes it as exactly as the reference."""
 
     name = "auto"
@@ -127,8 +127,7 @@ class AutoBackend(SelectiveBackend):
         return SdpaBackend.name
 
     def _can(self, name: str, request: Request) -> bool:
-        backend = self._backends[name]
-        return isinstance(backend, SelectiveBackend) and backend.obstacle(request) is None
+        return self._backends[name].obstacle(request) is None
 
     def _is_plainly_causal(self, request: Request) -> bool:
         """Tells whether nothing but the future is hidden, and nothing added."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fairseq.attention.backends.request import Request
 from fairseq.attention.bias import AttentionBias, Positions
 from fairseq.attention.rules import CAUSAL, AttentionRule
 
@@ -47,7 +48,6 @@ class AttentionBackend(ABC):
 
     name: str
 
-    @abstractmethod
     def prepare(
         self,
         bias: AttentionBias,
@@ -80,7 +80,31 @@ class AttentionBackend(ABC):
                 make; they may attend with another.
             dtype: of queries, keys and values.
             device: of queries, keys and values.
+
+        Raises:
+            ValueError: this backend cannot serve such a call.
         """
+        return Request(
+            bias=bias,
+            query_positions=query_positions,
+            key_positions=key_positions,
+            rule=rule,
+            key_is_padding=key_is_padding,
+            query_documents=query_documents,
+            key_documents=key_documents,
+            head_slice=head_slice,
+            dropout_p=dropout_p,
+            dtype=dtype,
+            device=device,
+        ).of(self)
+
+    def obstacle(self, request: Request) -> str | None:
+        """Returns why it cannot serve a request, as the end of a sentence; None if it can."""
+        return None
+
+    @abstractmethod
+    def prepare_request(self, request: Request) -> Prepared:
+        """Does what `prepare` does, for a request that there is no obstacle to."""
 
     @abstractmethod
     def attend(

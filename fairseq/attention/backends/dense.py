@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fairseq.attention.backends.base import AttentionBackend, Prepared
+from fairseq.attention.backends.request import Request
 from fairseq.attention.bias import AttentionBias, Positions
 from fairseq.attention.mask import FutureMaskBuffer, hidden_keys, join
 from fairseq.attention.rules import CAUSAL, AttentionRule
@@ -46,63 +47,48 @@ class DenseBackend(AttentionBackend):
         *,
         rule: AttentionRule = CAUSAL,
         head_slice: slice | None = None,
-        dropout_p: float = 0.0,
         dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
         """Returns the mask of `length` successive positions, (H, length, length), kept."""
         wanted = (bias, rule, head_slice)
         if self._buffer is None or self._buffered_for != wanted:
-            self._buffer = FutureMaskBuffer(*_of_heads(bias, rule, head_slice))
+            if head_slice is not None:
+                bias, rule = bias.heads(head_slice), rule.heads(head_slice)
+            self._buffer = FutureMaskBuffer(bias, rule)
             self._buffered_for = wanted
         return self._buffer.get(length, dtype=dtype, device=device)
 
-    def prepare(
-        self,
-        bias: AttentionBias,
-        query_positions: Positions,
-        key_positions: Positions,
-        *,
-        rule: AttentionRule = CAUSAL,
-        key_is_padding: torch.Tensor | None = None,
-        query_documents: torch.Tensor | None = None,
-        key_documents: torch.Tensor | None = None,
-        head_slice: slice | None = None,
-        dropout_p: float = 0.0,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> DensePrepared:
-        is_per_row = bias.is_per_row or rule.is_per_row
-        if _is_square(query_positions, key_positions) and not is_per_row:
+    def prepare_request(self, request: Request) -> DensePrepared:
+        queries, keys = request.query_positions, request.key_positions
+        bias, rule = request.bias_and_rule
+        dtype, device = request.dtype, request.device
+        if _is_square(queries, keys) and not (bias.is_per_row or rule.is_per_row):
             mask = self.future_mask(
-                bias,
-                len(query_positions),
-                rule=rule,
-                head_slice=head_slice,
+                request.bias,
+                len(queries),
+                rule=request.rule,
+                head_slice=request.head_slice,
                 dtype=dtype,
                 device=device,
             )
         else:
-            chosen = _of_heads(bias, rule, head_slice)
-            mask = join(*chosen, query_positions, key_positions, dtype=dtype, device=device)
-        is_hidden = hidden_keys(key_is_padding, query_documents, key_documents)
-        see_themselves = _see_themselves(query_positions, key_positions)
+            mask = join(bias, rule, queries, keys, dtype=dtype, device=device)
+        is_hidden = hidden_keys(
+            request.key_is_padding, request.query_documents, request.key_documents
+        )
+        see_themselves = _see_themselves(queries, keys)
         if is_hidden is None and see_themselves:
             return DensePrepared(self, mask=mask)
-        _, rule = _of_heads(bias, rule, head_slice)
-        is_allowed = rule.is_allowed(query_positions, key_positions, device=device)
+        is_allowed = rule.is_allowed(queries, keys, device=device)
         mask, is_blind = _hide(mask, is_hidden, is_allowed, see_themselves=see_themselves)
-        return DensePrepared(self, key_is_padding=key_is_padding, mask=mask, is_blind=is_blind)
+        return DensePrepared(
+            self, key_is_padding=request.key_is_padding, mask=mask, is_blind=is_blind
+        )
 
     def __deepcopy__(self, memo: dict[int, object]) -> DenseBackend:
         """Copies no mask: a copied model makes its own when it needs one."""
         return type(self)()
-
-
-def _of_heads(
-    bias: AttentionBias, rule: AttentionRule, which: slice | None
-) -> tuple[AttentionBias, AttentionRule]:
-    return (bias, rule) if which is None else (bias.heads(which), rule.heads(which))
 
 
 def _is_square(query_positions: Positions, key_positions: Positions) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fairseq.attention.backends.base import Prepared
-from fairseq.attention.backends.request import Request, SelectiveBackend
+from fairseq.attention.backends.base import AttentionBackend, Prepared
+from fairseq.attention.backends.request import Request
 from fairseq.attention.rules import BIDIRECTIONAL, CAUSAL
 
 __all__ = ["FlashBackend", "FlashPrepared"]
@@ -29,7 +29,7 @@ class FlashPrepared(Prepared):
     is_causal: bool
 
 
-class FlashBackend(SelectiveBackend):
+class FlashBackend(AttentionBackend):
     """`flash_attn.flash_attn_func` (Dao 2023, arXiv:2307.08691), version 2.4 or later.
 
     Its bias is -slope * |i + S - T - j|: the last query stands at the last key. Versions 3 and 4

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fairseq.attention.backends.base import Prepared
-from fairseq.attention.backends.request import Request, SelectiveBackend
+from fairseq.attention.backends.base import AttentionBackend, Prepared
+from fairseq.attention.backends.request import Request
 from fairseq.attention.bias import Slopes
 from fairseq.attention.rules import CAUSAL
 from fairseq.attention.windows import find_windows, measure_scores
@@ -40,7 +40,7 @@ class FlexPrepared(Prepared):
     masks: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
 
-class FlexBackend(SelectiveBackend):
+class FlexBackend(AttentionBackend):
     """`torch.nn.attention.flex_attention`, compiled; causal linear biases, padding, documents.
 
     Windows are found as by `windowed`, which makes the host wait for the device once a layer, and

@@ -12,8 +12,8 @@ import torch
 
 from fairseq.attention.backends.base import AttentionBackend, Prepared
 from fairseq.attention.backends.reference import ReferenceBackend
+from fairseq.attention.backends.request import Request
 from fairseq.attention.bias import AttentionBias, Positions
-from fairseq.attention.rules import CAUSAL, AttentionRule
 
 __all__ = ["Observation", "Observer", "RecordingBackend"]
 
@@ -59,13 +59,7 @@ Observer = Callable[[Observation], None]
 class _Recipe(Prepared):
     """What `prepare` was given; each block of queries is prepared when its turn comes."""
 
-    bias: AttentionBias
-    query_positions: Positions
-    key_positions: Positions
-    rule: AttentionRule
-    query_documents: torch.Tensor | None
-    key_documents: torch.Tensor | None
-    head_slice: slice | None
+    request: Request
 
 
 class RecordingBackend(AttentionBackend):
@@ -84,33 +78,9 @@ class RecordingBackend(AttentionBackend):
         self._reference = ReferenceBackend()
         self._layer = 0
 
-    def prepare(
-        self,
-        bias: AttentionBias,
-        query_positions: Positions,
-        key_positions: Positions,
-        *,
-        rule: AttentionRule = CAUSAL,
-        key_is_padding: torch.Tensor | None = None,
-        query_documents: torch.Tensor | None = None,
-        key_documents: torch.Tensor | None = None,
-        head_slice: slice | None = None,
-        dropout_p: float = 0.0,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Prepared:
+    def prepare_request(self, request: Request) -> Prepared:
         self._layer = 0
-        return _Recipe(
-            self,
-            key_is_padding=key_is_padding,
-            bias=bias,
-            query_positions=query_positions,
-            key_positions=key_positions,
-            rule=rule,
-            query_documents=query_documents,
-            key_documents=key_documents,
-            head_slice=head_slice,
-        )
+        return _Recipe(self, key_is_padding=request.key_is_padding, request=request)
 
     def attend(
         self,
@@ -146,21 +116,8 @@ class RecordingBackend(AttentionBackend):
     ) -> torch.Tensor:
         num_queries = q.size(2)
         q = q[:, :, block]  # (B, H, N, K)
-        positions = recipe.query_positions
-        positions = positions[block] if isinstance(positions, range) else positions[..., block]
-        documents = recipe.query_documents
-        dense = self._reference.prepare(
-            recipe.bias,
-            positions,
-            recipe.key_positions,
-            rule=recipe.rule,
-            key_is_padding=recipe.key_is_padding,
-            query_documents=None if documents is None else documents[..., block],
-            key_documents=recipe.key_documents,
-            head_slice=recipe.head_slice,
-            dtype=q.dtype,
-            device=q.device,
-        )
+        request = recipe.request.of_queries(block)
+        dense = self._reference.prepare_request(request)
         if self._observe is not None:
             scores = self._reference.scores(q, k, dense, scale=scale)
             observed = Observation(
@@ -171,11 +128,11 @@ class RecordingBackend(AttentionBackend):
                 scores=scores,
                 weights=torch.softmax(scores, dim=-1, dtype=torch.float32),
                 is_left_out=_left_out(recipe.key_is_padding, dense.is_blind, num_queries, block),
-                query_positions=positions,
-                key_positions=recipe.key_positions,
+                query_positions=request.query_positions,
+                key_positions=request.key_positions,
                 key_is_padding=recipe.key_is_padding,
                 scale=scale,
-                bias=recipe.bias,
+                bias=request.bias,
             )
             self._observe(observed)
         return self._reference.attend(q, k, v, dense, scale=scale)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from fairseq.attention.backends.base import AttentionBackend, Prepared
 from fairseq.attention.bias import AttentionBias, Positions
-from fairseq.attention.rules import CAUSAL, AttentionRule
+from fairseq.attention.rules import AttentionRule
 
-__all__ = ["Request", "SelectiveBackend"]
+if TYPE_CHECKING:
+    from fairseq.attention.backends.base import AttentionBackend, Prepared
+
+__all__ = ["Request"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +32,33 @@ class Request:
     dtype: torch.dtype
     device: torch.device
 
+    def __post_init__(self) -> None:
+        if (self.query_documents is None) != (self.key_documents is None):
+            raise ValueError("query_documents and key_documents must be given together")
+
     def of(self, backend: AttentionBackend) -> Prepared:
-        """Returns what another backend makes of it."""
-        return backend.prepare(
-            self.bias,
-            self.query_positions,
-            self.key_positions,
-            rule=self.rule,
-            key_is_padding=self.key_is_padding,
-            query_documents=self.query_documents,
-            key_documents=self.key_documents,
-            head_slice=self.head_slice,
-            dropout_p=self.dropout_p,
-            dtype=self.dtype,
-            device=self.device,
+        """Returns what a backend makes of it.
+
+        Raises:
+            ValueError: it cannot serve this.
+        """
+        reason = backend.obstacle(self)
+        if reason is not None:
+            raise ValueError(
+                f"--attention-backend {backend.name}: {reason}; --attention-backend auto chooses "
+                "one that can"
+            )
+        return backend.prepare_request(self)
+
+    def of_queries(self, which: slice) -> Request:
+        """Returns the request for some of the queries and all keys."""
+        positions, documents = self.query_positions, self.query_documents
+        return replace(
+            self,
+            query_positions=(
+                positions[which] if isinstance(positions, range) else positions[..., which]
+            ),
+            query_documents=None if documents is None else documents[..., which],
         )
 
     @property
@@ -75,53 +90,3 @@ class Request:
     def hides_nothing(self) -> bool:
         """Whether no key is hidden by padding or documents."""
         return self.key_is_padding is None and self.key_documents is None
-
-
-class SelectiveBackend(AttentionBackend):
-    """A backend that cannot serve every request, and says why not."""
-
-    @abstractmethod
-    def obstacle(self, request: Request) -> str | None:
-        """Returns why it cannot serve a request, as the end of a sentence; None if it can."""
-
-    @abstractmethod
-    def prepare_request(self, request: Request) -> Prepared:
-        """Does what `prepare` does, for a request that there is no obstacle to."""
-
-    def prepare(
-        self,
-        bias: AttentionBias,
-        query_positions: Positions,
-        key_positions: Positions,
-        *,
-        rule: AttentionRule = CAUSAL,
-        key_is_padding: torch.Tensor | None = None,
-        query_documents: torch.Tensor | None = None,
-        key_documents: torch.Tensor | None = None,
-        head_slice: slice | None = None,
-        dropout_p: float = 0.0,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Prepared:
-        if (query_documents is None) != (key_documents is None):
-            raise ValueError("query_documents and key_documents must be given together")
-        request = Request(
-            bias=bias,
-            query_positions=query_positions,
-            key_positions=key_positions,
-            rule=rule,
-            key_is_padding=key_is_padding,
-            query_documents=query_documents,
-            key_documents=key_documents,
-            head_slice=head_slice,
-            dropout_p=dropout_p,
-            dtype=dtype,
-            device=device,
-        )
-        reason = self.obstacle(request)
-        if reason is not None:
-            raise ValueError(
-                f"--attention-backend {self.name}: {reason}; --attention-backend auto chooses one "
-                "that can"
-            )
-        return self.prepare_request(request)

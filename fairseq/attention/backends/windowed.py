@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fairseq.attention.backends.base import Prepared
+from fairseq.attention.backends.base import AttentionBackend, Prepared
 from fairseq.attention.backends.reference import ReferenceBackend
-from fairseq.attention.backends.request import Request, SelectiveBackend
+from fairseq.attention.backends.request import Request
 from fairseq.attention.backends.sdpa import SdpaBackend
 from fairseq.attention.bias import Slopes
 from fairseq.attention.mask import join
@@ -59,7 +59,7 @@ class WindowedPrepared(Prepared):
     plain: Prepared | None = None
 
 
-class WindowedBackend(SelectiveBackend):
+class WindowedBackend(AttentionBackend):
     """Tiles of scores, with a window for each head that is found from the norms at hand.
 
     The windows are such that leaving out the other keys moves no output element by more than

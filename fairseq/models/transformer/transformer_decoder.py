@@ -375,7 +375,6 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         return self._masks.future_mask(
             self.positions.bias(self.sequence_length or x.size(1)),
             x.size(1),
-            dropout_p=attention_dropout(self.layers),
             dtype=x.dtype,
             device=x.device,
         )
