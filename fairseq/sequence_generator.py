@@ -14,6 +14,7 @@ import torch
 
 from fairseq.generation.beams import Beams, Hypothesis
 from fairseq.generation.ensemble import Ensemble
+from fairseq.generation.prompts import Prompt
 from fairseq.generation.restrictions import Restrictions
 from fairseq.search import BeamSearch, Search
 
@@ -93,8 +94,9 @@ class SequenceGenerator:
                 f"--no-repeat-ngram-size is {no_repeat_ngram_size}; it must be at least 1, or 0"
             )
         self.search = search_strategy or BeamSearch()
+        self._num_words = len(tgt_dict)
         # The padding symbol is never chosen.
-        self.beam_size = min(beam_size, len(tgt_dict) - 1)
+        self.beam_size = min(beam_size, self._num_words - 1)
         if self.beam_size % self.search.num_groups:
             raise ValueError(
                 f"--beam {self.beam_size} is not a multiple of --diverse-beam-groups "
@@ -159,39 +161,27 @@ class SequenceGenerator:
         start: int,
     ) -> list[list[Hypothesis]]:
         source = net_input["src_tokens"]
-        limits = self._restrictions(models, source, prefix)
-        prompt = self._prompt(source, limits, start)
-        ensembles = self._ensembles(models, net_input, limits.max_len + 1)
-        given, log_probs = _join(
-            ensembles, *zip(*(each.read_prompt(prompt) for each, _ in ensembles), strict=True)
-        )
-        beams = Beams(
-            prompt,
-            given - self.unk_penalty * prompt[:, 1:].eq(self.unk),
-            self.search.initial_scores(len(source), self.beam_size),
-            most_tokens=limits.max_len + 2,
-            pad=self.pad,
-            eos=self.eos,
-        )
-        order: torch.Tensor | None = None
-        if self.beam_size > 1:
-            order = torch.arange(len(source), device=source.device)
-            order = order.repeat_interleave(self.beam_size)
-            log_probs = log_probs[order]
-        for step in range(prompt.size(1) - 1, limits.max_len + 1):
-            if order is not None:
-                for ensemble, _ in ensembles:
-                    ensemble.reorder(order)
-            if step >= prompt.size(1):
+        most, fewest = self._lengths(models, source)
+        ensembles = self._ensembles(models, net_input, max(most) + 1)
+        is_aligned = all(ensemble.takes_left_padding for ensemble, _ in ensembles)
+        prompt = self._prompt(source, prefix, start, most, is_aligned=is_aligned)
+        limits = self._restrictions(prompt, most, fewest)
+        beams, log_probs = self._begin(ensembles, prompt, limits.last_column + 2)
+        first_column = prompt.tokens.size(1) - 1
+        for column in range(first_column, limits.last_column + 1):
+            if column > first_column:
                 (log_probs,) = _join(ensembles, [each.step(beams.tokens) for each, _ in ensembles])
-            limits.apply(log_probs, beams.tokens[:, 1:], step)
+            limits.apply(log_probs, beams.tokens[:, 1:], column)
             words = log_probs.view(-1, self.beam_size, log_probs.size(-1))
             candidates = self.search.step(words, beams.scores)
-            order, stay = beams.advance(candidates, limits.is_last(step))
+            order, stay = beams.advance(candidates, limits.is_last(column))
             if stay is not None:
                 if len(stay) == 0:
                     break
                 limits.keep(stay)
+            if order is not None:
+                for ensemble, _ in ensembles:
+                    ensemble.reorder(order, stay)
         if not all(beams.ended):
             raise FloatingPointError(
                 "no output has a probability above 0: the model's scores are not numbers, or a "
@@ -207,31 +197,52 @@ class SequenceGenerator:
                 f"that weights that sum to {min(largest, 1.0):.3g} may be lost; give a smaller one"
             )
 
+    def _begin(
+        self, ensembles: Sequence[tuple[Ensemble, float]], prompt: Prompt, most_tokens: int
+    ) -> tuple[Beams, torch.Tensor]:
+        """Reads the prompts; returns hypotheses and log-probabilities of what follows (N, V)."""
+        tokens = prompt.tokens
+        given, log_probs = _join(
+            ensembles, *zip(*(each.read_prompt(tokens) for each, _ in ensembles), strict=True)
+        )
+        column = torch.arange(1, tokens.size(1), device=tokens.device)
+        skipped = torch.tensor(prompt.skipped, device=tokens.device).unsqueeze(1)
+        given = given - self.unk_penalty * tokens[:, 1:].eq(self.unk)
+        beams = Beams(
+            tokens,
+            given.masked_fill(column <= skipped, 0.0),
+            self.search.initial_scores(len(tokens), self.beam_size),
+            skipped=prompt.skipped,
+            most_tokens=most_tokens,
+            pad=self.pad,
+            eos=self.eos,
+        )
+        for ensemble, _ in ensembles:
+            ensemble.begin(tokens, self.beam_size)
+        return beams, log_probs.repeat_interleave(self.beam_size, dim=0)
+
     def _restrictions(
-        self, models: Sequence[Any], source: torch.Tensor, prefix: torch.Tensor | None
+        self, prompt: Prompt, most: Sequence[int], fewest: Sequence[int]
     ) -> Restrictions:
-        max_len = self._max_len(models, source.size(1))
-        lengths = None
-        if self.match_source_len:
-            lengths = (source.ne(self.pad) & source.ne(self.eos)).sum(dim=1)
-            max_len = min(max_len, int(lengths.max()))
-        if prefix is not None and prefix.size(1) >= max_len:
-            logger.warning(
-                f"a prompt of {prefix.size(1)} tokens leaves no room for new ones: outputs have at "
-                f"most {max_len}, prompt included; see --max-len-a and --max-len-b"
-            )
         return Restrictions(
+            prompt,
+            most,
+            fewest,
+            num_beams=self.beam_size,
             pad=self.pad,
             eos=self.eos,
             unk=self.unk,
-            num_beams=self.beam_size,
-            min_len=self.min_len,
-            max_len=max_len,
             unk_penalty=self.unk_penalty,
             no_repeat_ngram_size=self.no_repeat_ngram_size,
-            prefix=prefix,
-            lengths=lengths,
         )
+
+    def _lengths(self, models: Sequence[Any], source: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Returns for each sentence the most and the fewest tokens before eos."""
+        most = self._max_len(models, source.size(1))
+        if not self.match_source_len:
+            return [most] * len(source), [self.min_len] * len(source)
+        lengths = (source.ne(self.pad) & source.ne(self.eos)).sum(dim=1).tolist()
+        return [min(most, length) for length in lengths], lengths
 
     def _max_len(self, models: Sequence[Any], source_len: int) -> int:
         longest = int(self.max_len_a * source_len + self.max_len_b)
@@ -245,15 +256,23 @@ class SequenceGenerator:
             )
         return longest
 
-    def _prompt(self, source: torch.Tensor, limits: Restrictions, start: int) -> torch.Tensor:
-        """Returns the start symbol and what every sentence has of the prefix, (B, 1 or more)."""
-        first = source.new_full((len(source), 1), start)
-        prefix = limits.prefix
-        if prefix is None or limits.lengths is not None:
-            return first
-        is_free = (prefix.eq(self.pad) | prefix.eq(self.eos)).any(dim=0)
-        count = int(is_free.logical_not().cumprod(dim=0).sum())
-        return torch.cat([first, prefix[:, : min(count, limits.max_len)].to(first)], dim=1)
+    def _prompt(
+        self,
+        source: torch.Tensor,
+        prefix: torch.Tensor | None,
+        start: int,
+        most: list[int],
+        *,
+        is_aligned: bool,
+    ) -> Prompt:
+        if prefix is None:
+            return Prompt(source.new_full((len(source), 1), start), [0] * len(source))
+        if prefix.size(1) >= max(most):
+            logger.warning(
+                f"a prompt of {prefix.size(1)} tokens leaves no room for new ones: outputs have at "
+                f"most {max(most)}, prompt included; see --max-len-a and --max-len-b"
+            )
+        return Prompt.of(prefix, start, most, pad=self.pad, eos=self.eos, is_aligned=is_aligned)
 
     def _ensembles(
         self, models: Sequence[Any], net_input: Mapping[str, Any], sequence_length: int
@@ -262,16 +281,17 @@ class SequenceGenerator:
         ensemble = Ensemble(
             models,
             net_input,
+            num_words=self._num_words,
             temperature=self.temperature,
             sequence_length=sequence_length,
             cache_error=self.cache_error,
         )
         if self.lm_model is None:
             return [(ensemble, 1.0)]
-        return [
-            (ensemble, 1.0),
-            (Ensemble([self.lm_model], {}, sequence_length=sequence_length), self.lm_weight),
-        ]
+        language_model = Ensemble(
+            [self.lm_model], {}, num_words=self._num_words, sequence_length=sequence_length
+        )
+        return [(ensemble, 1.0), (language_model, self.lm_weight)]
 
     def _finished(self, hypothesis: Hypothesis) -> Hypothesis:
         positional = hypothesis["positional"].clone()

@@ -6,6 +6,7 @@ Shapes: `B` sentences that are not done, `M` beams of a sentence, `N` = B M, `G`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ class Beams:
         start: first tokens of each sentence, int64 (B, S).
         given: log-probabilities of those after the first, (B, S - 1).
         initial_scores: (B, M), 0 or -inf, see `Search.initial_scores`.
+        skipped: first columns of each sentence that are padding.
         most_tokens: longest hypothesis, start symbol and last token included.
         pad: id of padding.
         eos: id of the last token of a hypothesis.
 
     Attributes:
         tokens: ids so far, int64 (N, S).
+        length: columns so far, S.
         sentences: number of each sentence that is not done, int64 (B,).
         ended: for each sentence, the hypotheses that have ended, with their scores not normalised.
     """
@@ -40,12 +43,14 @@ class Beams:
         given: torch.Tensor,
         initial_scores: torch.Tensor,
         *,
+        skipped: Sequence[int],
         most_tokens: int,
         pad: int,
         eos: int,
     ) -> None:
         num_sentences, self.length = start.shape
         self.num_beams = initial_scores.size(1)
+        self._skipped = skipped
         self.eos = eos
         self.sentences = torch.arange(num_sentences, device=start.device)
         self.ended: list[list[Hypothesis]] = [[] for _ in range(num_sentences)]
@@ -132,9 +137,10 @@ class Beams:
                 continue
             at = (sentence, group, place)
             row = sentence * self.num_beams + int(candidates.beams[at])
-            scores = self._scores[row, : self.length + 1].clone()
+            first = self._skipped[sentences[sentence]]
+            scores = self._scores[row, first : self.length + 1].clone()
             scores[-1] = candidates.scores[at]
-            tokens = self._tokens[row, 1 : self.length + 1].clone()
+            tokens = self._tokens[row, first + 1 : self.length + 1].clone()
             tokens[-1] = self.eos
             ended.append({"tokens": tokens, "score": scores[-1], "positional": scores.diff()})
 

@@ -15,7 +15,7 @@ from fairseq.attention.backends.auto import AutoPrepared
 from fairseq.attention.backends.dense import DensePrepared
 from fairseq.attention.backends.sdpa import SdpaBackend
 
-__all__ = ["KeyValueCache", "WindowedCache", "window_of"]
+__all__ = ["KeyValueCache", "WindowedCache", "as_dense", "window_of"]
 
 _SMALLEST = 64  # tokens for which there is room at first
 
@@ -172,7 +172,7 @@ class WindowedCache(KeyValueCache):
         *,
         dropout_p: float = 0.0,
     ) -> torch.Tensor:
-        dense = _dense(prepared)
+        dense = as_dense(prepared)
         self.num_tokens += k.size(2)
         self._measure(q, k)
         outputs = []
@@ -212,8 +212,12 @@ class WindowedCache(KeyValueCache):
             self.largest_error = max(self.largest_error, math.exp(min(lost, 700.0)))
 
 
-def _dense(prepared: Prepared) -> DensePrepared:
-    """Returns what was prepared as a mask, made in the first layer for all of them."""
+def as_dense(prepared: Prepared) -> DensePrepared:
+    """Returns what was prepared as a mask, made the first time it is asked for.
+
+    Raises:
+        ValueError: the attention backend has none.
+    """
     if isinstance(prepared, AutoPrepared):
         prepared = prepared.form_for(SdpaBackend.name)
     if not isinstance(prepared, DensePrepared):

@@ -97,10 +97,9 @@ class MultiheadAttention(StatefulModule):
     def _project(self, x: torch.Tensor, num_last: int | None) -> tuple[torch.Tensor, ...]:
         """Returns queries (B, N, D), and keys and values (B, T, D)."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        if self._joint is not None and num_last is None and not torch.is_grad_enabled():
-            weight, bias = self._joint
-            if weight.data_ptr() == self.q_proj.weight.data_ptr():
-                return F.linear(x, weight, bias).chunk(3, dim=-1)
+        joint = None if num_last is not None or torch.is_grad_enabled() else self.joint_weights()
+        if joint is not None:
+            return F.linear(x, *joint).chunk(3, dim=-1)
         num_tokens = x.numel() // self.embed_dim
         is_joint = num_last is None and num_tokens >= _MANY_TOKENS and all(map(_is_plain, parts))
         if not is_joint:
@@ -156,6 +155,13 @@ class MultiheadAttention(StatefulModule):
                 for part, view in zip(parts, bias.split(sizes), strict=True):
                     part.bias.data = view
         self._joint = (weight, bias)
+
+    def joint_weights(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Returns weight (3 D, D) and bias (3 D,) that `join_projections` made; None if undone."""
+        is_current = (
+            self._joint is not None and self._joint[0].data_ptr() == self.q_proj.weight.data_ptr()
+        )
+        return self._joint if is_current else None
 
     def upgrade_state_dict_named(self, state_dict: dict[str, torch.Tensor], name: str) -> None:
         """Splits a joint projection of old checkpoints into q, k and v."""

@@ -32,6 +32,7 @@ from fairseq.attention.coordinates import at_columns
 from fairseq.attention.head_share import HeadShare
 from fairseq.models import upgrade
 from fairseq.models.base import FairseqIncrementalDecoder
+from fairseq.models.transformer.beam_steps import BeamSteps, can_step
 from fairseq.modules import (
     AdaptiveSoftmax,
     FairseqDropout,
@@ -65,10 +66,13 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             that do not say it; None is that of the input.
         document_mask: where attention and positions restart, as in `--document-mask`.
         head_share: the heads that this process computes, None for all.
+        takes_left_padding: a row gives the same with padding on its left.
 
     Raises:
         ValueError: settings contradict each other; the message names the options.
     """
+
+    takes_left_padding = True
 
     def __init__(self, cfg: Any, dictionary: Any, embed_tokens: Any) -> None:
         super().__init__(dictionary)
@@ -234,9 +238,10 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             x = layer(x, prepared, incremental_state, *memory)
             if return_all_hiddens:
                 inner_states.append(x)
-        return self._after_layers(x), {"attn": [None], "inner_states": inner_states}
+        return self.after_layers(x), {"attn": [None], "inner_states": inner_states}
 
-    def _after_layers(self, x: torch.Tensor) -> torch.Tensor:
+    def after_layers(self, x: torch.Tensor) -> torch.Tensor:
+        """Turns what the last layer returns, (B, T, D), into what the output layer reads."""
         if self.layer_norm is not None:
             x = self.layer_norm(x)
         return x if self.project_out_dim is None else self.project_out_dim(x)
@@ -263,7 +268,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         of_last = self.prepare_attention(x, tokens, columns, sequence_length=length)
         turn, turn_last = prepared.rotate, of_last.rotate
         of_last.rotate = lambda q, k: (turn_last(q, q)[0], turn(k, k)[1])
-        return self._after_layers(last(x, of_last, num_last=num_last))
+        return self.after_layers(last(x, of_last, num_last=num_last))
 
     def embed(self, tokens: torch.Tensor, columns: Positions | None = None) -> torch.Tensor:
         """Embeds T columns, by default all, of the tokens (B, S), as (B, T, D)."""
@@ -429,6 +434,29 @@ class TransformerDecoder(FairseqIncrementalDecoder):
         for layer, cache in zip(self.layers, caches, strict=True):
             layer.self_attn.cache(incremental_state, cache)
         return caches
+
+    def begin_steps(
+        self,
+        incremental_state: IncrementalState,
+        prompt: torch.Tensor,
+        num_beams: int,
+        sequence_length: int | None = None,
+    ) -> BeamSteps | None:
+        """Returns what reads further tokens one by one at less cost than `extract_features`.
+
+        Args:
+            incremental_state: filled with the prompts.
+            prompt: ids, (B, P), padded on the left.
+            num_beams: hypotheses that go on from each prompt, M.
+            sequence_length: see `forward`.
+
+        Returns:
+            None where something was changed in the layers, such as hooks or retained dropout.
+        """
+        if not (type(self) is TransformerDecoder and can_step(self)):
+            return None
+        length = self._sequence_length(prompt, incremental_state, sequence_length)
+        return BeamSteps(self, incremental_state, prompt, num_beams, length)
 
     def _num_cached(self, tokens: torch.Tensor, incremental_state: IncrementalState | None) -> int:
         if incremental_state is None or len(self.layers) == 0:
