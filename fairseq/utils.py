@@ -160,11 +160,18 @@ def log_probs_of_targets(
     """
     import torch
 
+    from fairseq.distributed.vocabulary_scores import ScoresInParts, scores_in_parts
+
     most = _MOST_SCORES.get(features.device.type, 1 << 24)
     size = max(1, most // num_classes)
     chosen = []
     for rows, goals in zip(features.split(size), target.split(size), strict=True):
-        scores = score(rows) if dtype is None else score(rows).to(dtype)
+        with scores_in_parts():
+            scores: Any = score(rows)
+        if isinstance(scores, ScoresInParts):
+            chosen.append(scores.log_probs(goals)[0])
+            continue
+        scores = scores if dtype is None else scores.to(dtype)
         at_goals = scores.gather(1, goals[:, None]).squeeze(1)
         chosen.append(at_goals - torch.logsumexp(scores, dim=1))
     return torch.cat(chosen)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fairseq.distributed.vocabulary_scores import ScoresInParts, scores_in_parts
+
 __all__ = ["adaptive_nll"]
 
 
@@ -41,25 +43,34 @@ def adaptive_nll(
     Returns:
         A scalar, or (N,) without `reduce`.
     """
-    (head_logits, *tail_logits), (head_target, *tail_targets) = adaptive_softmax(features, target)
+    with scores_in_parts():
+        logits, targets = adaptive_softmax(features, target)
+    (head_logits, *tail_logits), (head_target, *tail_targets) = logits, targets
     loss = _cross_entropy(head_logits, head_target, pad, reduce)
-    num_head_words = head_logits.size(-1) - len(tail_logits)
-    for band, (logits, relative) in enumerate(zip(tail_logits, tail_targets, strict=True)):
-        if logits is None:
+    first_class = _num_columns(head_logits) - len(tail_logits)
+    for band, (scores, relative) in enumerate(zip(tail_logits, tail_targets, strict=True)):
+        if scores is None:
             continue
-        tail_loss = _cross_entropy(logits, relative, -100 if tail_pad is None else tail_pad, reduce)
+        tail_loss = _cross_entropy(scores, relative, -100 if tail_pad is None else tail_pad, reduce)
         if reduce:
             loss = loss + tail_loss
         else:
-            rows = head_target.eq(num_head_words + band).nonzero().squeeze(1)  # (N_i,)
+            rows = head_target.eq(first_class + band).nonzero().squeeze(1)  # (N_i,)
             loss = loss.index_add(0, rows, tail_loss)
     return loss
 
 
+def _num_columns(logits: torch.Tensor | ScoresInParts) -> int:
+    return logits.num_words if isinstance(logits, ScoresInParts) else logits.size(-1)
+
+
 def _cross_entropy(
-    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, reduce: bool
+    logits: torch.Tensor | ScoresInParts, target: torch.Tensor, ignore_index: int, reduce: bool
 ) -> torch.Tensor:
-    losses: torch.Tensor = _CrossEntropy.apply(logits, target, ignore_index)
+    if isinstance(logits, ScoresInParts):
+        losses = -logits.log_probs(target)[0].masked_fill(target == ignore_index, 0.0)
+    else:
+        losses = _CrossEntropy.apply(logits, target, ignore_index)
     return losses.sum() if reduce else losses
 
 

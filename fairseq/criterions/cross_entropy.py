@@ -16,6 +16,7 @@ from fairseq.criterions.fairseq_criterion import (
     log_loss_and_perplexity,
 )
 from fairseq.dataclass import II, FairseqDataclass
+from fairseq.distributed.vocabulary_scores import ScoresInParts, scores_in_parts
 from fairseq.registry import CRITERIONS
 
 __all__ = ["CrossEntropyCriterion", "CrossEntropyCriterionConfig"]
@@ -47,7 +48,8 @@ class CrossEntropyCriterion(FairseqCriterion):
     def forward(
         self, model: Any, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
-        net_output = model(**sample["net_input"])
+        with scores_in_parts():
+            net_output = model(**sample["net_input"])
         loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
         num_rows = count_rows(sample, sample["target"])
         sample_size = num_rows if self.sentence_avg else sample["ntokens"]
@@ -69,6 +71,11 @@ class CrossEntropyCriterion(FairseqCriterion):
             loss = adaptive_nll(
                 softmax, net_output[0], target, pad=self.padding_idx, tail_pad=None, reduce=reduce
             )
+            return loss, loss
+        if isinstance(net_output[0], ScoresInParts):
+            log_probs, _ = net_output[0].log_probs(target)
+            loss = -log_probs.masked_fill(target == self.padding_idx, 0.0)
+            loss = loss.sum() if reduce else loss
             return loss, loss
         lprobs = model.get_normalized_probs(net_output, log_probs=True)
         loss = F.nll_loss(

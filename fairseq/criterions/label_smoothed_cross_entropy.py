@@ -11,6 +11,7 @@ import torch
 
 from fairseq.criterions.fairseq_criterion import FairseqCriterion, count_rows, log_perplexity
 from fairseq.dataclass import II, FairseqDataclass
+from fairseq.distributed.vocabulary_scores import ScoresInParts, scores_in_parts
 from fairseq.logging import metrics
 from fairseq.registry import CRITERIONS
 
@@ -65,13 +66,23 @@ def label_smoothed_nll_loss(
     target = target.unsqueeze(-1)  # (N, 1)
     nll = -lprobs.gather(dim=-1, index=target)
     spread = -lprobs.sum(dim=-1, keepdim=True)
-    if ignore_index is not None:
-        is_ignored = target.eq(ignore_index)
+    is_ignored = None if ignore_index is None else target.eq(ignore_index)
+    return _smoothed(nll, spread, epsilon / (lprobs.size(-1) - 1), epsilon, is_ignored, reduce)
+
+
+def _smoothed(
+    nll: torch.Tensor,
+    spread: torch.Tensor,
+    epsilon_each: float,
+    epsilon: float,
+    is_ignored: torch.Tensor | None,
+    reduce: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if is_ignored is not None:
         nll = nll.masked_fill(is_ignored, 0.0)
         spread = spread.masked_fill(is_ignored, 0.0)
     if reduce:
         nll, spread = nll.sum(), spread.sum()
-    epsilon_each = epsilon / (lprobs.size(-1) - 1)
     return (1.0 - epsilon - epsilon_each) * nll + epsilon_each * spread, nll
 
 
@@ -113,7 +124,8 @@ class LabelSmoothedCrossEntropyCriterion(FairseqCriterion):
     def forward(
         self, model: Any, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
-        net_output = model(**sample["net_input"])
+        with scores_in_parts():
+            net_output = model(**sample["net_input"])
         loss, nll_loss = self.compute_loss(model, net_output, sample, reduce=reduce)
         num_rows = count_rows(sample, sample["target"])
         sample_size = num_rows if self.sentence_avg else sample["ntokens"]
@@ -137,16 +149,39 @@ class LabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         lprobs = model.get_normalized_probs(net_output, log_probs=True)  # (B, T, V)
         target = model.get_targets(sample, net_output)  # (B, T)
         if self.ignore_prefix_size > 0:
-            # A worker that shares sequences with others has only some of their columns.
-            columns = sample["net_input"].get("columns", range(target.size(1)))
-            is_counted = torch.as_tensor(list(columns)) >= self.ignore_prefix_size
+            is_counted = self._counted_columns(sample, target)
             lprobs, target = lprobs[:, is_counted], target[:, is_counted]
         return lprobs.reshape(-1, lprobs.size(-1)), target.reshape(-1)
+
+    def _counted_columns(self, sample: dict[str, Any], target: torch.Tensor) -> torch.Tensor:
+        # A worker that shares sequences with others has only some of their columns.
+        columns = sample["net_input"].get("columns", range(target.size(1)))
+        return torch.as_tensor(list(columns)) >= self.ignore_prefix_size
+
+    def _parts_and_target(
+        self, model: Any, net_output: Any, sample: dict[str, Any]
+    ) -> tuple[ScoresInParts, torch.Tensor] | None:
+        """Returns scores of this process's words and targets (N,); None if scores are whole."""
+        scores = net_output[0]
+        if not isinstance(scores, ScoresInParts):
+            return None
+        target = model.get_targets(sample, net_output)  # (B, T)
+        if self.ignore_prefix_size > 0:
+            is_counted = self._counted_columns(sample, target)
+            scores, target = scores.of_columns(is_counted), target[:, is_counted]
+        return scores, target.reshape(-1)
 
     def compute_loss(
         self, model: Any, net_output: Any, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (loss to minimise, negative log-likelihood)."""
+        parts = self._parts_and_target(model, net_output, sample)
+        if parts is not None:
+            scores, target = parts
+            at_target, total = (-each.unsqueeze(1) for each in scores.log_probs(target))
+            is_ignored = target.unsqueeze(1).eq(self.padding_idx)
+            epsilon_each = self.eps / (scores.num_words - 1)
+            return _smoothed(at_target, total, epsilon_each, self.eps, is_ignored, reduce)
         lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
         return label_smoothed_nll_loss(lprobs, target, self.eps, self.padding_idx, reduce)
 
@@ -154,9 +189,14 @@ class LabelSmoothedCrossEntropyCriterion(FairseqCriterion):
         self, model: Any, net_output: Any, sample: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (targets that have the largest probability, targets)."""
-        lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
+        parts = self._parts_and_target(model, net_output, sample)
+        if parts is None:
+            lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
+            best = lprobs.argmax(dim=-1)
+        else:
+            best, target = parts[0].best(), parts[1]
         counts = target.ne(self.padding_idx)
-        is_correct = lprobs.argmax(dim=-1).eq(target) & counts
+        is_correct = best.eq(target) & counts
         return is_correct.sum(), counts.sum()
 
     @classmethod

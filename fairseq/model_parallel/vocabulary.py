@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from fairseq.distributed.vocabulary_scores import ScoresInParts, are_parts_wanted
 from fairseq.model_parallel.shards import cut_parameter
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class VocabularyEmbedding(ParallelStyle):
 
 
 class VocabularyOutput(ParallelStyle):
-    """Each process scores its words; the scores are gathered.
+    """Each process scores its words; the scores are gathered, unless parts are wanted.
 
     For layers that compute x W' + b with a parameter `weight` (V, D), of whatever class.
     """
@@ -56,16 +57,26 @@ def _enter(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...]) -> tupl
     return (DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False), *inputs[1:])
 
 
-def _leave(module: nn.Module, inputs: Any, output: DTensor) -> torch.Tensor:
+def _leave(module: Any, inputs: Any, output: DTensor) -> torch.Tensor | ScoresInParts:
+    mesh = output.device_mesh
+    if are_parts_wanted():
+        num_words = module.weight.size(0)
+        return ScoresInParts(
+            output.to_local(), mesh.get_group(), _first_word(num_words, mesh), num_words
+        )
     gathered: torch.Tensor = output.redistribute(placements=[Replicate()]).to_local()
     return gathered
+
+
+def _first_word(num_words: int, mesh: DeviceMesh) -> int:
+    """Returns the first row of this process, V if it has none."""
+    return min(mesh.get_local_rank() * -(-num_words // mesh.size()), num_words)
 
 
 def _look_up(module: Any, mesh: DeviceMesh, tokens: torch.Tensor) -> torch.Tensor:
     """Embeds ids (...,) as (..., D)."""
     table = module.weight.to_local()
-    num_words = module.weight.size(0)
-    start = min(mesh.get_local_rank() * -(-num_words // mesh.size()), num_words)
+    start = _first_word(module.weight.size(0), mesh)
     row = tokens - start
     is_elsewhere = (row < 0) | (row >= len(table))
     padding = None if module.padding_idx is None else module.padding_idx - start

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fairseq.distributed.vocabulary_scores import ScoresInParts
 from fairseq.modules.adaptive_input import AdaptiveInput, band_width
 from fairseq.modules.cutoffs import band_limits
 from fairseq.modules.dropout import Dropout
@@ -63,11 +64,16 @@ class TiedHeadModule(nn.Module):
         # Holds nothing; checkpoints have the key.
         self.register_buffer("_float_tensor", torch.zeros(1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | ScoresInParts:
         """Scores features (N, D) as (N, C + M)."""
         if isinstance(self.word_proj, nn.Sequential) or not _is_whole(self.word_proj.weight):
             words = self.word_proj(x)
-            return words if self.num_classes == 0 else torch.cat([words, self.class_proj(x)], -1)
+            if self.num_classes == 0:
+                return words
+            classes = self.class_proj(x)
+            if isinstance(words, ScoresInParts):
+                return words.with_shared(classes)
+            return torch.cat([words, classes], -1)
         # The table is small beside the scores, so it is the table that is copied.
         weights: list[Any] = [self.word_proj.weight]
         if self.num_classes > 0:

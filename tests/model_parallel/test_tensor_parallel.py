@@ -6,11 +6,13 @@ import multiprocessing
 import pytest
 import tensor_cases
 import torch
+import vocabulary_cases
 from parallel_launch import findings, launch
 
 from fairseq.model_parallel.sharded_checkpoint import load_sharded, whole_from_sharded
 
 WORLD_SIZES = (2, 4)
+NUM_SCORES = 27 * 101  # tokens times words
 SHARE_OF_TWO = 0.53  # of the weights on each of two processes: half, norms and a rest
 
 
@@ -22,11 +24,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     """Returns a function: (case, processes) -> what each process found."""
-    multiprocessing.set_forkserver_preload([tensor_cases.__name__])
+    multiprocessing.set_forkserver_preload([vocabulary_cases.__name__])
     both = ["language_models", "all_hugging_face"]
+    vocabulary = ["formula", "criterions", "sizes", "evaluation"]
     names = {2: [*both, "incremental", "dropout", "recomputed", "refused", "own_models"], 4: both}
     for world_size, wanted in names.items():
         cases = {name: getattr(tensor_cases, name) for name in wanted}
+        cases |= {name: getattr(vocabulary_cases, name) for name in vocabulary}
         if world_size == 4:
             cases["sharded_files"] = functools.partial(
                 tensor_cases.sharded_files, str(folder / "sharded")
@@ -64,6 +68,39 @@ def test_each_process_holds_its_share_of_layers_and_vocabulary(found):
     for process in found("language_models"):
         assert process["shared alibi"]["share"] < SHARE_OF_TWO
         assert process["apart alibi"]["share"] < SHARE_OF_TWO
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_log_probabilities_from_scores_in_parts(found, world_size):
+    for process in found("formula", world_size):
+        for name, case in process.items():
+            tolerance = 5e-3 if "bfloat16" in name else 1e-14 if "float64" in name else 2e-6
+            assert max(case["differences"]) < tolerance, (name, case["differences"])
+            assert case["best"] == case["best wanted"], name
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_criterions_compute_from_scores_in_parts(found, world_size):
+    for process in found("criterions", world_size):
+        for name, model in process.items():
+            assert_equals_one_process(model, name)
+            one, several = model["logged"]
+            assert several == pytest.approx(one, rel=2e-6), name
+            assert several["sum of tokens"] == pytest.approx(several["loss"], rel=2e-6)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_no_process_has_the_scores_of_all_words(found, world_size):
+    for process in found("sizes", world_size):
+        for name, largest in process.items():
+            assert largest < 0.65 * NUM_SCORES, name
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_evaluation_and_generation_of_cut_models(found, world_size):
+    for process in found("evaluation", world_size):
+        for kind, differences in process.items():
+            assert max(differences) < 1e-5, kind
 
 
 def test_greedy_decoding_with_cached_heads(found):
