@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import importlib
 import math
@@ -22,6 +23,7 @@ __all__ = [
     "get_perplexity",
     "import_user_module",
     "item",
+    "keep_freed_memory",
     "local_part",
     "log_probs_of_targets",
     "log_softmax",
@@ -77,6 +79,26 @@ def freeze_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def keep_freed_memory() -> bool:
+    """Has the C library keep memory that is freed, for what is allocated next.
+
+    glibc hands tensors of 32 MiB and more, and what is free at the heap's end, back to the system
+    at once. To get them again takes longer than most operations on them: every page is cleared
+    at its first use. To be called where the same sizes are needed over and over.
+
+    Returns:
+        Whether it does so from now on; not on systems without glibc.
+    """
+    library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(library, "mallopt"):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    return all(
+        library.mallopt(option, value) == 1
+        for option, value in ((mmap_threshold, 1 << 30), (trim_threshold, -1))
+    )
 
 
 def item(value: Any) -> Any:

@@ -85,6 +85,7 @@ def main(cfg: Any) -> None:
         with stop_on_signal(is_alone=is_alone) as stop:
             _train_all_epochs(cfg, trainer, task, settings, stop)
         checkpoint_utils.finish_writing()
+        checkpoint_utils.make_last_whole(cfg.checkpoint, trainer)
     finally:
         trainer.close()
 
@@ -224,6 +225,7 @@ def _train_all_epochs(
     stop_min_lr = cfg.optimization.stop_min_lr
     lr = trainer.get_lr()
     utils.freeze_garbage()
+    utils.keep_freed_memory()
     stopwatch = meters.StopwatchMeter()
     stopwatch.start()
     while epoch_itr.next_epoch_idx <= max_epoch:

@@ -103,7 +103,8 @@ def build_trainer(
     task: Any = tasks.setup_task(cfg.task)
     model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
     trainer = Trainer(cfg, task, model, criterion)
-    utils.freeze_garbage()  # as fairseq-train does
+    utils.freeze_garbage()  # this and the next as fairseq-train does
+    utils.keep_freed_memory()
     return trainer
 
 

@@ -1,7 +1,9 @@
 """Small helpers, and plug-in folders."""
 
 import argparse
+import ctypes
 import math
+import subprocess
 import sys
 
 import pytest
@@ -59,3 +61,26 @@ def test_user_dir_that_is_missing_or_not_unique_is_named(tmp_path):
         utils.import_user_module(argparse.Namespace(user_dir="nowhere"))
     with pytest.raises(ImportError, match="must be unique"):
         utils.import_user_module(folder_with(tmp_path, "argparse"))
+
+
+FAULTS = """
+import resource, torch
+from fairseq import utils
+if {keep}:
+    assert utils.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)  # 64 MiB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    found = [
+        int(subprocess.check_output([sys.executable, "-c", FAULTS.format(keep=keep)]))
+        for keep in (False, True)
+    ]
+    assert found[0] > 10 * max(found[1], 1)  # without it every page is given anew

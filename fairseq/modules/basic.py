@@ -21,6 +21,7 @@ __all__ = [
     "gelu",
     "gelu_accurate",
     "get_activation_fn",
+    "is_plain_linear",
 ]
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,18 @@ def Linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def is_plain_linear(projection: nn.Module) -> bool:
+    """Tells whether calling a projection does nothing but a product with its own weight."""
+    return (
+        type(projection) is nn.Linear
+        and type(projection.weight) is nn.Parameter
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+        and not projection._backward_hooks
+        and not projection._backward_pre_hooks
+    )
 
 
 class FairseqDropout(nn.Module):

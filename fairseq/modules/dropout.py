@@ -17,7 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from fairseq.attention.random_bits import LEVELS, bit_generator, new_seed
 
-__all__ = ["Dropout", "dropout", "dropout_mask", "relu_dropout"]
+__all__ = [
+    "Dropout",
+    "dropout",
+    "dropout_mask",
+    "is_fast",
+    "is_full_on_cpu",
+    "relu_dropout",
+    "relu_dropout_",
+]
 
 # Elements that are worked on together; they stay in the cache from one operation to the next.
 _CHUNK = 1 << 16
@@ -65,7 +73,7 @@ def dropout(x: torch.Tensor, p: float, *, add_to: torch.Tensor | None = None) ->
     """
     if p == 0:
         return x if add_to is None else add_to + x
-    if not _is_fast(x, p):
+    if not is_fast(x, p):
         x = F.dropout(x, p)
         return x if add_to is None else add_to + x
     mask = dropout_mask(x, p)
@@ -82,7 +90,7 @@ def relu_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
         x: any shape.
         p: probability of zero, in [0, 1].
     """
-    if p == 0 or not _is_fast(x, p):
+    if p == 0 or not is_fast(x, p):
         return dropout(F.relu(x), p)
     out: torch.Tensor = _ReluDropout.apply(x, p)
     return out
@@ -91,15 +99,8 @@ def relu_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
-        threshold = round(p * LEVELS)
-        ctx.scale = LEVELS / (LEVELS - threshold)
-        out = torch.empty(x.shape, dtype=x.dtype)
-        bits = bit_generator(new_seed())
-        mask = torch.empty(min(_CHUNK, x.numel()), dtype=x.dtype)
-        parts = zip(x.reshape(-1).split(_CHUNK), out.view(-1).split(_CHUNK), strict=True)
-        for source, part in parts:
-            kept = mask[: part.numel()].copy_(_is_kept(bits, part.numel(), threshold))
-            torch.clamp_min(source, 0, out=part).mul_(kept.mul_(ctx.scale))
+        out = torch.empty(x.shape, dtype=x.dtype).copy_(x)
+        ctx.scale = relu_dropout_(out, p)
         ctx.save_for_backward(out)
         return out
 
@@ -110,12 +111,40 @@ class _ReluDropout(torch.autograd.Function):
         return torch.ops.aten.threshold_backward(grad, out, 0).mul_(ctx.scale), None
 
 
-def _is_fast(x: torch.Tensor, p: float) -> bool:
+def relu_dropout_(x: torch.Tensor, p: float) -> float:
+    """Changes a contiguous tensor into dropout of its relu; autograd does not hear of it.
+
+    Args:
+        x: float32 or float64, on the CPU.
+        p: probability of zero, in [0, 1).
+
+    Returns:
+        What is left was multiplied by this.
+    """
+    threshold = round(p * LEVELS)
+    if threshold == 0:
+        x.clamp_min_(0)
+        return 1.0
+    scale = LEVELS / (LEVELS - threshold)
+    bits = bit_generator(new_seed())
+    mask = torch.empty(min(_CHUNK, x.numel()), dtype=x.dtype)
+    for piece in x.view(-1).split(_CHUNK):
+        factors = mask[: len(piece)].copy_(_is_kept(bits, len(piece), threshold)).mul_(scale)
+        piece.clamp_min_(0).mul_(factors)
+    return scale
+
+
+def is_fast(x: torch.Tensor, p: float) -> bool:
+    """Tells whether elements are dropped by the generator here, and not by torch's."""
+    return is_full_on_cpu(x) and 0 < round(p * LEVELS) < LEVELS
+
+
+def is_full_on_cpu(x: torch.Tensor) -> bool:
+    """Tells whether a tensor is one of float32 or float64 on the CPU, outside of a compiler."""
     return (
         type(x) is torch.Tensor  # not one that is cut over processes
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
-        and 0 < round(p * LEVELS) < LEVELS
         and not torch.compiler.is_compiling()
     )
 

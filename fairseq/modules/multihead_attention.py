@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairseq.attention import Prepared, attend
-from fairseq.modules.basic import FairseqDropout
+from fairseq.modules.basic import FairseqDropout, is_plain_linear
 from fairseq.modules.incremental_state import IncrementalState, StatefulModule
 from fairseq.modules.key_value_cache import KeyValueCache
 
@@ -101,7 +101,9 @@ class MultiheadAttention(StatefulModule):
         if joint is not None:
             return F.linear(x, *joint).chunk(3, dim=-1)
         num_tokens = x.numel() // self.embed_dim
-        is_joint = num_last is None and num_tokens >= _MANY_TOKENS and all(map(_is_plain, parts))
+        is_joint = (
+            num_last is None and num_tokens >= _MANY_TOKENS and all(map(is_plain_linear, parts))
+        )
         if not is_joint:
             rest = x if num_last is None else x[:, -num_last:]
             return self.q_proj(rest), self.k_proj(x), self.v_proj(x)
@@ -143,7 +145,7 @@ class MultiheadAttention(StatefulModule):
         such as a change of type, undoes it.
         """
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        if not all(map(_is_plain, parts)):
+        if not all(map(is_plain_linear, parts)):
             return
         with torch.no_grad():
             weight = torch.cat([part.weight for part in parts]).t().contiguous().t()  # (3 D, D)
@@ -171,15 +173,3 @@ class MultiheadAttention(StatefulModule):
             if joint is not None:
                 for part, tensor in zip("qkv", joint.chunk(3), strict=True):
                     state_dict[f"{prefix}{part}_proj.{kind}"] = tensor
-
-
-def _is_plain(projection: nn.Module) -> bool:
-    """Tells whether calling a projection does nothing but a product with its own weight."""
-    return (
-        type(projection) is nn.Linear
-        and type(projection.weight) is nn.Parameter
-        and not projection._forward_hooks
-        and not projection._forward_pre_hooks
-        and not projection._backward_hooks
-        and not projection._backward_pre_hooks
-    )

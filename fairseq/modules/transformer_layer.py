@@ -10,7 +10,7 @@ from torch import nn
 
 from fairseq.attention import Prepared
 from fairseq.modules.basic import FairseqDropout, LayerNorm, get_activation_fn
-from fairseq.modules.dropout import relu_dropout
+from fairseq.modules.feed_forward import relu_feed_forward
 from fairseq.modules.incremental_state import IncrementalState
 from fairseq.modules.multihead_attention import MultiheadAttention
 
@@ -89,10 +89,8 @@ class TransformerDecoderLayer(nn.Module):
         return total
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.fc1(x)
         if self.activation_fn is F.relu:
-            y = relu_dropout(y, self.activation_dropout_module.rate)
-        else:
-            y = self.activation_dropout_module(self.activation_fn(y))
+            return relu_feed_forward(x, self.fc1, self.fc2, self.activation_dropout_module.rate)
+        y = self.activation_dropout_module(self.activation_fn(self.fc1(x)))
         out: torch.Tensor = self.fc2(y)
         return out
