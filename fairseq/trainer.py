@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -47,6 +47,7 @@ class Trainer:
     Attributes:
         best: best validation figure that a checkpoint recorded, None before.
         ema: the moving average of the parameters (`--store-ema`), None without.
+        is_asked_to_stop: tells whether this worker is asked to end training; never, unless set.
         optimizer_history: what earlier runs recorded, see `fairseq/checkpoint/format.py`.
     """
 
@@ -77,6 +78,8 @@ class Trainer:
         self.runs_without_improvement = 0
         self.best_of_patience: float | None = None
 
+        self.is_asked_to_stop: Callable[[], bool] = lambda: False
+        self._is_stop_agreed = False
         self._statistics = StatisticsSum(
             self.gradient_process_group,
             self.device,
@@ -156,6 +159,22 @@ class Trainer:
     def checkpoint_suffix(self) -> str:
         """What `--checkpoint-suffix` adds to the names of files."""
         return self.cfg.checkpoint.checkpoint_suffix or ""
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether training is to end now, because this or another worker is asked to end it.
+
+        Several workers know of each other's requests from the last numbers they have added up, so
+        that the answer is the same on all.
+        """
+        if distributed_utils.get_world_size(distributed_utils.get_global_group()) == 1:
+            return self.is_asked_to_stop()
+        return self._is_stop_agreed
+
+    def wait_for_others(self) -> None:
+        """Returns when every worker has called this."""
+        group = distributed_utils.get_global_group()
+        distributed_utils.gather_and_sum([0.0], self.device, group)
 
     # ---- model, criterion, optimizer, schedule ----
 
@@ -495,7 +514,7 @@ class Trainer:
         outputs, sample_size, ooms = self._accumulate_gradients(samples, raise_oom)
         if ooms and self.gradient_world_size == 1:
             return None
-        outputs, counts = self._statistics(
+        outputs, counts = self._sum_statistics(
             outputs,
             {"sample_size": sample_size, "ooms": ooms, "time": self._local_training_time()},
         )
@@ -516,6 +535,18 @@ class Trainer:
             scale = self.optimizer.scaler.loss_scale
             metrics.log_scalar("loss_scale", scale, priority=700, round=4, weight=0)
         return logged
+
+    def _sum_statistics(
+        self, outputs: list[dict[str, Any]], counts: dict[str, float]
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Sums over the workers, who learn on the way whether any of them is asked to stop."""
+        outputs, sums = self._statistics(outputs, {**counts, "stop": self.is_asked_to_stop()})
+        stop = sums.pop("stop")
+        if self.tensor_parallel_group is not None:
+            group = self.tensor_parallel_group
+            stop = distributed_utils.gather_and_sum([stop], self.device, group)[0]
+        self._is_stop_agreed |= stop > 0
+        return outputs, sums
 
     def _seed(self) -> None:
         """Seeds random numbers for this update."""
@@ -673,7 +704,7 @@ class Trainer:
                 self._recover_from_oom(error)
                 return self.valid_step(sample, raise_oom=True)
             self._statistics.expect_keys(output)
-            outputs, counts = self._statistics(
+            outputs, counts = self._sum_statistics(
                 [] if is_dummy else [output], {"sample_size": 0 if is_dummy else utils.item(size)}
             )
             return self._log_statistics(outputs, counts["sample_size"])

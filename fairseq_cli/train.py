@@ -81,8 +81,11 @@ def main(cfg: Any) -> None:
         f"{cfg.dataset.batch_size}"
     )
     try:
-        is_alone = cfg.distributed_training.distributed_world_size == 1
-        with stop_on_signal(is_alone=is_alone) as stop:
+        with stop_on_signal(
+            is_alone=cfg.distributed_training.distributed_world_size == 1,
+            is_master=distributed_utils.is_master(cfg.distributed_training),
+        ) as stop:
+            trainer.is_asked_to_stop = lambda: bool(stop)
             _train_all_epochs(cfg, trainer, task, settings, stop)
         checkpoint_utils.finish_writing()
         checkpoint_utils.make_last_whole(cfg.checkpoint, trainer)
@@ -248,11 +251,14 @@ def _train_all_epochs(
 
 
 def _leave_if_asked(cfg: Any, trainer: Trainer, epoch_itr: Any, stop: StopRequest) -> None:
-    """Saves and ends the process if a signal has asked for it."""
-    if stop:
-        checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
-        checkpoint_utils.finish_writing()
-        stop.leave()
+    """Saves and ends the process if a signal has asked this or another worker for it."""
+    if not trainer.must_stop:
+        return
+    logger.info(f"asked to end: saving after {trainer.get_num_updates()} updates")
+    checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+    checkpoint_utils.finish_writing()
+    trainer.wait_for_others()
+    stop.leave()
 
 
 def train(
@@ -277,7 +283,7 @@ def train(
             )
             if should_stop:
                 break
-            if stop and not epoch_itr.end_of_epoch():
+            if stop is not None and not epoch_itr.end_of_epoch():
                 _leave_if_asked(cfg, trainer, epoch_itr, stop)
         logger.info(f"end of epoch {epoch_itr.epoch} (average epoch stats below)")
         stats = get_training_stats(metrics.get_smoothed_values("train"))

@@ -24,13 +24,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import (
-    ProcessExitedException,
-    ProcessRaisedException,
-    start_processes,
-)
+from torch.multiprocessing.spawn import start_processes
 
 from fairseq.distributed.groups import is_initialized, is_master
+from fairseq.distributed.signals import OrderlyStop
+from fairseq.distributed.workers import WorkerFailure, watch
 from fairseq.utils import import_user_module
 
 __all__ = ["call_main", "distributed_init", "infer_init_method"]
@@ -133,6 +131,8 @@ def call_main(cfg: Any, main: Callable[..., Any], **kwargs: Any) -> Any:
     Raises:
         ValueError: more processes are asked for than this machine has GPUs.
         RuntimeError: a started process failed or was killed; the message is that process's.
+        KeyboardInterrupt: SIGINT ended the run.
+        SystemExit: SIGTERM ended the run.
     """
     distributed = cfg.distributed_training
     infer_init_method(distributed)
@@ -175,15 +175,9 @@ def _spawn(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any], num: int)
         start_method=method,
     )
     try:
-        while not context.join():
-            pass
-    except (
-        ProcessExitedException,
-        ProcessRaisedException,
-    ) as failure:
-        raise RuntimeError(_cause(context.processes, errors) or str(failure)) from None
-    finally:
-        _end(context.processes)
+        watch(context.processes)
+    except WorkerFailure as failure:
+        raise RuntimeError(_reason(failure, errors)) from None
 
 
 def _way_to_start(main: Callable[..., Any]) -> str:
@@ -197,27 +191,14 @@ def _way_to_start(main: Callable[..., Any]) -> str:
     return "forkserver"
 
 
-def _cause(processes: list[Any], errors: Any) -> str:
-    """Returns why the first of the started processes failed, "" if that is not known.
-
-    One that was killed comes before the others' complaints that it does not answer.
-    """
-    for rank, process in enumerate(processes):
-        # SIGTERM is what the others are ended with.
-        number = -(process.exitcode or 0)
-        if number > 0 and number != signal.SIGTERM:
-            name = signal.Signals(number).name
-            return f"worker {rank} was ended by {name}; was there enough memory?"
-    return "" if errors.empty() else str(errors.get())
-
-
-def _end(processes: list[Any]) -> None:
-    """Ends what is left of the started processes, so that none outlives this one."""
-    for process in processes:
-        if process.is_alive():
-            process.terminate()
-    for process in processes:
-        process.join()
+def _reason(failure: WorkerFailure, errors: Any) -> str:
+    """Returns what the first of the started processes failed with."""
+    if failure.exit_code < 0:
+        # It comes before the others' complaints that it does not answer.
+        number = -failure.exit_code
+        hint = "; was there enough memory?" if number == signal.SIGKILL else ""
+        return f"worker {failure.rank} was ended by {signal.Signals(number).name}{hint}"
+    return str(failure) if errors.empty() else str(errors.get())
 
 
 def _log_style() -> dict[str, Any]:
@@ -242,15 +223,19 @@ def _worker(
     multiprocessing.set_start_method(start_method, force=True)
     if log_style:
         logging.basicConfig(stream=sys.stdout, **log_style)
-    import_user_module(Namespace(user_dir=user_dir))
-    cfg, main, kwargs = pickle.loads(payload)
-    distributed = cfg.distributed_training
-    distributed.device_id = local_rank
-    distributed.distributed_rank += local_rank
+    rank = local_rank
     try:
+        import_user_module(Namespace(user_dir=user_dir))
+        cfg, main, kwargs = pickle.loads(payload)
+        distributed = cfg.distributed_training
+        distributed.device_id = local_rank
+        distributed.distributed_rank += local_rank
+        rank = distributed.distributed_rank
         _distributed_main(cfg, main, kwargs)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
-        errors.put(f"worker {distributed.distributed_rank}: {_describe(error)}")
+        errors.put(f"worker {rank}: {_describe(error)}")
         raise SystemExit(1) from None
 
 
@@ -277,11 +262,18 @@ def _describe(error: Exception) -> str:
 
 def _distributed_main(cfg: Any, main: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     distributed_init(cfg)
-    result = main(cfg, **kwargs)
+    stopped: OrderlyStop | None = None
+    try:
+        result = main(cfg, **kwargs)
+    except OrderlyStop as stop:
+        # Without its traceback, which holds on to the model.
+        result, stopped = None, stop.with_traceback(None)
     # What holds on to the group goes first, or it is destroyed while a thread of it still runs.
     gc.collect()
     # Not after a failure: with NCCL this would wait for the other processes.
     dist.destroy_process_group()
+    if stopped is not None:
+        raise stopped
     return result
 
 

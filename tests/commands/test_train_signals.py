@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -32,11 +34,15 @@ def start(data, folder, *more):
     )
 
 
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+
+
 def signalled(process, number, after="train_inner"):
     """Sends the signal when the log has a line with some text; returns exit code and stderr."""
-    for line in process.stdout:
-        if after in line:
-            break
+    wait_for(process, after)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors
@@ -82,12 +88,13 @@ def test_a_second_signal_ends_at_once(data, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    for line in process.stdout:
-        if "validating" in line:
-            break
+    wait_for(process, "validating")
     process.send_signal(signal.SIGTERM)
     first = process.stderr.readline()
     assert first.startswith("SIGTERM: saving after this update")
+    process.send_signal(signal.SIGTERM)  # belongs to the first one
+    time.sleep(1.1)
+    assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143
@@ -98,4 +105,16 @@ def test_a_second_signal_ends_at_once(data, tmp_path):
 def test_loaders_of_data_end_with_it(data, tmp_path):
     code, _ = signalled(start(data, tmp_path, "--num-workers", "2"), signal.SIGTERM)
     assert code == 143
+    assert (tmp_path / "checkpoint_last.pt").exists()
+
+
+def test_a_signal_to_the_whole_group_spares_the_loaders(data, tmp_path):
+    """As `timeout` sends it: to the process and then to its group, which it belongs to."""
+    process = start(data, tmp_path, "--num-workers", "2")
+    wait_for(process, "train_inner")
+    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    assert process.returncode == 143
     assert (tmp_path / "checkpoint_last.pt").exists()
