@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import math
@@ -29,6 +30,7 @@ __all__ = [
     "log_softmax",
     "move_to_cpu",
     "move_to_cuda",
+    "on_host",
     "resolve_max_positions",
     "set_torch_seed",
     "softmax",
@@ -53,11 +55,44 @@ def apply_to_sample(function: Callable[[Any], Any], sample: Any) -> Any:
 
 
 def move_to_cuda(sample: Any, device: Any = None) -> Any:
-    """Moves the tensors of a batch to a GPU (the current one) without waiting for the copies."""
+    """Moves the tensors of a batch to a GPU (the current one) without waiting for the copies.
+
+    `on_host` gives back those of whole numbers from which these were copied.
+    """
     import torch
 
     device = device or torch.device("cuda", torch.cuda.current_device())
-    return apply_to_sample(lambda tensor: tensor.to(device=device, non_blocking=True), sample)
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        moved = tensor.to(device=device, non_blocking=True)
+        if moved is not tensor and not tensor.is_floating_point():
+            _host_copies()[moved] = (tensor, _version(moved))
+        return moved
+
+    return apply_to_sample(move, sample)
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns what a tensor was copied from by `move_to_cuda`; else the tensor itself.
+
+    So ids can be looked at without waiting for the GPU. A tensor that was changed since is
+    returned itself.
+    """
+    source, version = _host_copies().get(tensor, (tensor, None))
+    is_same = version is not None and version == _version(tensor)
+    return source if is_same else tensor
+
+
+@functools.cache
+def _host_copies() -> Any:
+    """Returns what tensors were copied from, for as long as these are there, and their version."""
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    return WeakIdKeyDictionary()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def move_to_cpu(sample: Any) -> Any:

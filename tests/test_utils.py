@@ -29,6 +29,18 @@ def test_samples_are_moved_as_a_whole():
     assert moved["b"][0].dtype == torch.long and isinstance(moved["b"], tuple)
 
 
+def test_ids_can_be_looked_at_without_the_device():
+    ids, reals = torch.tensor([[3, 1]]), torch.ones(2)
+    moved = utils.move_to_cuda({"ids": ids, "reals": reals}, device="meta")  # has no values
+    assert moved["ids"].device.type == "meta"
+    assert utils.on_host(moved["ids"]) is ids
+    assert utils.on_host(moved["reals"]) is moved["reals"]
+    assert utils.on_host(ids) is ids
+    moved["ids"].add_(1)  # what it was copied from is out of date
+    assert utils.on_host(moved["ids"]) is moved["ids"]
+    assert utils.move_to_cuda(ids, device="cpu") is ids
+
+
 def test_max_positions_and_pads():
     assert utils.resolve_max_positions(None, 512, 64) == 64
     assert utils.resolve_max_positions(None) is None

@@ -17,6 +17,7 @@ from fairseq.criterions.fairseq_criterion import (
 from fairseq.dataclass import II, FairseqDataclass
 from fairseq.distributed import utils as distributed_utils
 from fairseq.registry import CRITERIONS
+from fairseq.utils import on_host
 
 __all__ = ["AdaptiveLoss", "AdaptiveLossConfig"]
 
@@ -77,6 +78,7 @@ class AdaptiveLoss(FairseqCriterion):
         net_output = model(**sample["net_input"])
         target = model.get_targets(sample, net_output)  # (B, T)
         num_rows = count_rows(sample, target)
+        num_tokens = int(on_host(target).ne(self.padding_idx).sum())
         target = target.reshape(-1)
         loss = adaptive_nll(
             softmax,
@@ -86,7 +88,6 @@ class AdaptiveLoss(FairseqCriterion):
             tail_pad=self.padding_idx,
             reduce=reduce,
         )
-        num_tokens = int(target.ne(self.padding_idx).sum())
         sample_size = num_rows if self.sentence_avg else num_tokens
         logging_output = {
             "loss": loss.detach(),

@@ -16,6 +16,7 @@ from tiny_models import (
     tokens_of,
 )
 
+from fairseq import utils
 from fairseq.attention import ZeroBias
 from fairseq.positions import METHODS, PositionMethod
 
@@ -434,3 +435,20 @@ def test_some_columns_stand_where_they_stand_in_the_whole_row(method, columns):
 def test_columns_in_incremental_decoding_are_refused():
     with pytest.raises(ValueError, match="leave one of them out"):
         tiny_gpt()(tokens_of(1, 3), incremental_state={}, columns=range(2))
+
+
+@pytest.mark.parametrize("num_pads", [0, 2])
+def test_padding_is_looked_for_where_the_batch_was_made(monkeypatch, num_pads):
+    """On a device that has no values to wait for, the mask is the one of the ids at home."""
+    decoder = tiny_gpt().decoder
+    tokens = tokens_of(2, 9)
+    tokens[1, 9 - num_pads :] = decoder.padding_idx
+    asked = []
+    monkeypatch.setattr(decoder.backend, "prepare", lambda *_, **how: asked.append(how) or Asked())
+    away = utils.move_to_cuda(tokens, device="meta")
+    decoder.prepare_attention(torch.zeros(2, 9, 32, device="meta"), away)
+    assert (asked[0]["key_is_padding"] is not None) == (num_pads > 0)
+
+
+class Asked:
+    """Takes what the decoder adds to a prepared bias."""

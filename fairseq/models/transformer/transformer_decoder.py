@@ -49,6 +49,7 @@ from fairseq.modules.key_value_cache import WindowedCache
 from fairseq.modules.transformer_layer import attention_dropout
 from fairseq.positions import PositionMethod, Surroundings, find_method, table_rows
 from fairseq.positions.documents import document_numbers
+from fairseq.utils import on_host
 
 __all__ = ["TransformerDecoder"]
 
@@ -301,7 +302,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):
             sequence_length: see `forward`; None is no longer than in training.
         """
         is_padding = tokens.eq(self.padding_idx)  # (B, S)
-        has_padding = bool(is_padding.any())
+        has_padding = bool(on_host(tokens).eq(self.padding_idx).any())
         documents = self.document_numbers(tokens)  # (B, S)
         columns = range(tokens.size(1))
         new = columns if new is None else new

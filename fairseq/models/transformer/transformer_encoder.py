@@ -28,6 +28,7 @@ from fairseq.modules.encoder_decoder_layers import TransformerEncoderLayer
 from fairseq.modules.transformer_layer import attention_dropout
 from fairseq.positions import PositionMethod, Surroundings, find_method, table_rows
 from fairseq.positions.encoders import encoder_method, encoder_rule
+from fairseq.utils import on_host
 
 __all__ = ["TransformerEncoder"]
 
@@ -149,7 +150,8 @@ class TransformerEncoder(FairseqEncoder):
             tokens: their ids, (B, S).
         """
         is_padding = tokens.eq(self.padding_idx)  # (B, S)
-        key_is_padding = is_padding if bool(is_padding.any()) else None
+        has_padding = bool(on_host(tokens).eq(self.padding_idx).any())
+        key_is_padding = is_padding if has_padding else None
         places: Positions = range(tokens.size(1))
         if key_is_padding is not None and not self.positions.is_relative:
             rows = table_rows(tokens, self.padding_idx)  # (B, S)
