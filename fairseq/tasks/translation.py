@@ -21,7 +21,6 @@ from fairseq.data.language_pair_dataset import LanguagePairDataset, check_specia
 from fairseq.data.language_pairs import TruncatedLines, infer_language_pair, load_language_pair
 from fairseq.dataclass import II, FairseqDataclass, is_interpolated
 from fairseq.dataclass.configs import GenerationConfig
-from fairseq.distributed.fsdp import is_sharded
 from fairseq.registry import TOKENIZERS
 from fairseq.scoring.validation import add_counts, log_bleu
 from fairseq.tasks import LegacyFairseqTask, register_task
@@ -258,6 +257,9 @@ class TranslationTask(LegacyFairseqTask):
 
     def _generate(self, sample: dict[str, Any], model: Any) -> tuple[list[str], list[str]]:
         """Returns outputs and references of a batch as text."""
+        # Not above: torch takes half a second to import what it shards with.
+        from fairseq.distributed.fsdp import is_sharded
+
         if is_sharded(model):
             raise ValueError(
                 "--eval-bleu does not work with --ddp-backend fully_sharded; use legacy_ddp or c10d"

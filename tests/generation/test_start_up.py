@@ -1,0 +1,25 @@
+"""What the commands do not import before they are asked for it."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import sys
+import torch
+before = set(sys.modules)
+from fairseq_cli._commands import eval_lm, generate, interactive, validate
+for command in (generate, interactive, eval_lm, validate):
+    sys.argv = ["command", "--help"]
+    try:
+        command()
+    except SystemExit as done:
+        assert not done.code
+slow = "sympy torch.distributed.tensor torch.distributed.fsdp transformers scipy sacrebleu".split()
+print("imported:", sorted(set(slow) & (set(sys.modules) - before)))
+"""
+
+
+def test_nothing_slow_is_imported_for_help():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("imported: []"), done.stdout[-300:] + done.stderr
+    assert done.stdout.count("usage:") == 4
