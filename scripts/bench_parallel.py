@@ -10,6 +10,7 @@ of the same four rows, whoever computes them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -29,9 +30,10 @@ from fairseq.data import Dictionary
 from fairseq.distributed.data_parallel import DistributedFairseqModel
 from fairseq.distributed.fsdp import shard_model
 from fairseq.distributed.groups import set_mesh
+from fairseq.distributed.vocabulary_scores import ScoresInParts, scores_in_parts
 from fairseq.model_parallel.mesh import build_mesh
 from fairseq.model_parallel.tensor_parallel import apply_tensor_parallel
-from fairseq.model_parallel.workers import memory_of
+from fairseq.model_parallel.worker import memory_of
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
 LAYOUTS = [
@@ -94,8 +96,7 @@ def work(rank: int, layout: Any, options: argparse.Namespace, folder: str) -> No
     for _ in range(options.updates + 1):
         dist.barrier()
         start = time.perf_counter()
-        logits = wrapped(own[:, :-1])[0]
-        F.cross_entropy(logits.flatten(0, 1), own[:, 1:].flatten()).backward()
+        loss_of(wrapped, own, options.gather_scores).backward()
         if hasattr(wrapped, "all_reduce_grads"):
             wrapped.all_reduce_grads()
         optimizer.step()
@@ -108,12 +109,23 @@ def work(rank: int, layout: Any, options: argparse.Namespace, folder: str) -> No
     os._exit(0)
 
 
+def loss_of(model: Any, tokens: torch.Tensor, gather_scores: bool) -> torch.Tensor:
+    with contextlib.nullcontext() if gather_scores else scores_in_parts():
+        scores = model(tokens[:, :-1])[0]
+    if isinstance(scores, ScoresInParts):
+        return -scores.log_probs(tokens[:, 1:])[0].mean()
+    return F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each of the four rows")
     parser.add_argument("--words", type=int, default=10000)
+    parser.add_argument(
+        "--gather-scores", action="store_true", help="compute losses under tp from whole scores"
+    )
     parser.add_argument("--updates", type=int, default=3, help="the fastest counts")
     options = parser.parse_args()
     multiprocessing.set_forkserver_preload(["__main__"])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from fairseq.model_parallel.policy import Layer, Policy
@@ -94,8 +94,8 @@ def _cut(
     if dim == COLUMNS and rule.n_fused > 1 and rule.layout == "parts":
         _reorder(path, module, rule.n_fused, mesh.size(), layout)
     cut_parameter(module, "weight", mesh, Shard(dim))
-    if dim == COLUMNS and module.bias is not None:
-        cut_parameter(module, "bias", mesh, Shard(0))
+    if module.bias is not None:
+        cut_parameter(module, "bias", mesh, Shard(0) if dim == COLUMNS else Replicate())
     return True
 
 

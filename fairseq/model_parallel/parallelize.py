@@ -2,17 +2,14 @@
 
 Under torchrun every process calls it, and the model is cut in place: it trains and infers as
 before. In a plain script the call starts the processes itself and the model forwards its calls to
-them, for inference, as parallelformers (2022) does for GPUs of one machine.
+them, for inference as parallelformers (2022) does for GPUs of one machine, and for training.
 """
 
 from __future__ import annotations
 
-import atexit
-import functools
-import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,19 +17,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fairseq.model_parallel.forwarding import Forwarding, Parallelization
 from fairseq.model_parallel.mesh import ParallelMesh
 from fairseq.model_parallel.policies import find_policy
 from fairseq.model_parallel.policy import Policy, check_heads
-from fairseq.model_parallel.workers import WorkerPool, WorkerSettings, free_port
+from fairseq.model_parallel.worker import WorkerSettings, memory_of
+from fairseq.model_parallel.workers import free_port
 
 __all__ = ["Parallelization", "parallelize"]
 
 logger = logging.getLogger(__name__)
 
-_FORWARDED = ("forward", "generate")
-_ENDING = ("to", "cpu", "cuda")
 _START_METHODS = ("forkserver", "spawn", "fork")
-_MIB = 2**20
 
 
 def parallelize(
@@ -53,7 +49,12 @@ def parallelize(
     """Spreads a model over processes.
 
     Example:
-        with parallelize(model, num_gpus=2):
+        with parallelize(model, num_gpus=2) as handle:
+            optimizer = handle.optimizer(torch.optim.AdamW, lr=1e-4)
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
             model.generate(**inputs)
 
     Args:
@@ -103,52 +104,13 @@ def parallelize(
             seed=int(torch.randint(2**31, ())) if seed is None else seed,
             num_threads=max(1, torch.get_num_threads() // size),
         )
-        found = _Forwarding(model, settings, method, daemon)
+        found = Forwarding(model, settings, method, daemon)
     if verbose:
         for device, text in found.memory_allocated().items():
             logger.info(f"{device}: {text} of weights, {found.memory_reserved()[device]} in all")
         if verbose == "detail":
             logger.info(str(model))
     return found
-
-
-class Parallelization:
-    """A model in parts; a context manager that makes it whole again.
-
-    Args:
-        model: the model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> Parallelization:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Gathers the weights and makes the model what it was; a second call does nothing."""
-        raise NotImplementedError
-
-    def memory_allocated(self) -> dict[str, str]:
-        """Returns how much the weights take, by process, such as {"cpu:0": "1.5 MiB"}."""
-        return self._figures("allocated")
-
-    def memory_reserved(self) -> dict[str, str]:
-        """Returns how much is taken in all, by process: CUDA's reserve, or resident memory."""
-        return self._figures("reserved")
-
-    def memory_cached(self) -> dict[str, str]:
-        """Returns what `memory_reserved` does, under the older name."""
-        return self.memory_reserved()
-
-    def _figures(self, kind: str) -> dict[str, str]:
-        return {dev: f"{each[kind] / _MIB:.1f} MiB" for dev, each in self._memory().items()}
-
-    def _memory(self) -> dict[str, dict[str, int]]:
-        raise NotImplementedError
 
 
 class _InPlace(Parallelization):
@@ -170,7 +132,7 @@ class _InPlace(Parallelization):
             dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
         if mesh is None:
             device_type = next(model.parameters()).device.type
-            mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+            mesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("tp",))
         axis = mesh.submesh("tp") if isinstance(mesh, ParallelMesh) else mesh
         if axis.ndim != 1:
             raise ValueError(
@@ -184,6 +146,7 @@ class _InPlace(Parallelization):
             )
         _seed_alike(seed, axis)
         self._is_open = True
+        self._axis = axis
         apply_tensor_parallel(model, axis, policy)
 
     def close(self) -> None:
@@ -194,79 +157,22 @@ class _InPlace(Parallelization):
             self._is_open = False
             undo_tensor_parallel(self.model)
 
-    def _memory(self) -> dict[str, dict[str, int]]:
-        from fairseq.model_parallel.workers import memory_of
+    def optimizer(
+        self, optimizer_class: Any, params: Iterable[Any] | None = None, **options: Any
+    ) -> torch.optim.Optimizer:
+        from fairseq.model_parallel.worker_optimizer import build_optimizer
 
+        params = self.model.parameters() if params is None else params
+        made: torch.optim.Optimizer = build_optimizer(optimizer_class, params, options)
+        return made
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        from fairseq.model_parallel.tensor_parallel import clip_grad_norm_
+
+        return clip_grad_norm_(self.model.parameters(), max_norm, self._axis)
+
+    def _memory(self) -> dict[str, dict[str, int]]:
         return memory_of(self.model, dist.get_rank())
-
-
-class _Forwarding(Parallelization):
-    """Other processes hold the parts; this one forwards calls to them."""
-
-    def __init__(
-        self, model: nn.Module, settings: WorkerSettings, start_method: str, daemon: bool
-    ) -> None:
-        super().__init__(model)
-        self._pool = WorkerPool(model, settings, start_method=start_method, daemon=daemon)
-        for param in model.parameters():
-            param.data = param.data.new_empty(0)  # the workers have it
-        self._instance_methods = {n: vars(model)[n] for n in vars(model) if n in _replaced()}
-        for name in _FORWARDED:
-            if hasattr(model, name):
-                self._replace(name, functools.partial(self._invoke, name))
-        for name in _ENDING:
-            self._replace(name, functools.partial(self._end_and, name))
-        for name in ("memory_allocated", "memory_reserved", "memory_cached"):
-            self._replace(name, getattr(self, name))
-        atexit.register(self._stop)
-
-    def _replace(self, name: str, function: Callable[..., Any]) -> None:
-        original = getattr(self.model, name, None)
-        if original is not None:
-            # transformers looks at a function's arguments before it calls it.
-            vars(function)["__signature__"] = inspect.signature(original)
-        vars(self.model)[name] = function
-
-    def _invoke(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return self._pool.call("invoke", name, args, kwargs)
-
-    def _end_and(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        self.close()
-        return getattr(self.model, name)(*args, **kwargs)
-
-    def close(self) -> None:
-        """Gathers the weights, ends the processes, and makes the model what it was.
-
-        Raises:
-            RuntimeError: a process has died, and its part of the weights with it.
-        """
-        if not self._has_replaced():
-            return
-        was_running = self._pool.is_running
-        state = self._pool.call("whole_state") if was_running else {}
-        self._stop()
-        for name in _replaced():
-            vars(self.model).pop(name, None)
-        vars(self.model).update(self._instance_methods)
-        if not was_running:
-            raise RuntimeError("a worker has died with its part of the weights; load them again")
-        for name, param in self.model.named_parameters(remove_duplicate=False):
-            param.data = state[name]
-
-    def _has_replaced(self) -> bool:
-        return getattr(vars(self.model).get("forward"), "func", None) == self._invoke
-
-    def _stop(self) -> None:
-        atexit.unregister(self._stop)
-        self._pool.stop()
-
-    def _memory(self) -> dict[str, dict[str, int]]:
-        parts = self._pool.call("memory", everyone=True)
-        return {device: figures for part in parts for device, figures in part.items()}
-
-
-def _replaced() -> tuple[str, ...]:
-    return (*_FORWARDED, *_ENDING, "memory_allocated", "memory_reserved", "memory_cached")
 
 
 def _choose(model: nn.Module, custom: Any) -> type[Policy]:

@@ -28,13 +28,20 @@ class FileLayout:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Brings a state dict of whole tensors into the original layout, in place."""
-        for name, order in self.orders.items():
-            state[name] = state[name][order.argsort()]
-        for name in self.reversed:
+        """Brings whole tensors by name into the original layout, in place."""
+        for name in state.keys() & self.orders.keys():
+            state[name] = state[name][self.orders[name].argsort()]
+        for name in state.keys() & self.reversed:
             state[name] = state[name].t().contiguous()
         for name in state.keys() & self.buffers.keys():
             state[name] = self.buffers[name].cpu()
+
+    def arrange(self, state: dict[str, torch.Tensor]) -> None:
+        """Brings whole tensors of parameters from the original layout into that of the parts."""
+        for name in state.keys() & self.reversed:
+            state[name] = state[name].t().contiguous()
+        for name in state.keys() & self.orders.keys():
+            state[name] = state[name][self.orders[name]]
 
 
 def cut_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
@@ -76,8 +83,8 @@ def process_major_order(num_rows: int, num_parts: int, world_size: int) -> torch
 
 
 def is_cut_over(tensor: torch.Tensor, axis: str) -> bool:
-    """Tells whether a tensor is in parts along a named axis of its mesh."""
+    """Tells whether a tensor is in parts along an axis of its mesh; one without names has one."""
     if not isinstance(tensor, DTensor):
         return False
-    names = tensor.device_mesh.mesh_dim_names or ()
+    names = tensor.device_mesh.mesh_dim_names or (axis,)
     return axis in names and not tensor.placements[names.index(axis)].is_replicate()

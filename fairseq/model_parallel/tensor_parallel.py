@@ -16,7 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from fairseq.distributed.fsdp import accept_whole_tensors, gather_whole
+from fairseq.distributed.fsdp import (
+    accept_whole_tensors,
+    gather_whole,
+    local_grad_norm_aggregator,
+)
 from fairseq.distributed.groups import get_mesh
 from fairseq.model_parallel.head_state import cut_biases, cut_head_state, head_share
 from fairseq.model_parallel.layer_plan import layer_plan, replace_parts
@@ -26,9 +30,12 @@ from fairseq.model_parallel.randomness import OwnRandomness
 from fairseq.model_parallel.shards import FileLayout, is_cut_over
 from fairseq.model_parallel.undo import Undo
 from fairseq.model_parallel.vocabulary import VocabularyEmbedding, VocabularyOutput
+from fairseq.optim import grad_norm
 
 __all__ = [
     "apply_tensor_parallel",
+    "clip_grad_norm_",
+    "file_layout",
     "has_reordered_rows",
     "is_tensor_parallel",
     "mark_copies",
@@ -136,14 +143,47 @@ def whole_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, torch.
     return state
 
 
-def mark_copies(params: Iterable[nn.Parameter]) -> None:
-    """Sets `num_copies` of parameters that lie whole on every process of the axis tp.
+def file_layout(model: nn.Module) -> FileLayout:
+    """Returns how the parameters of a cut model, put together, differ from those of the whole."""
+    record: _Record = vars(model)[_RECORD]
+    return record.layout
+
+
+def mark_copies(params: Iterable[nn.Parameter], mesh: DeviceMesh | None = None) -> None:
+    """Sets `num_copies` of parameters that lie whole on every process of an axis.
 
     Each of them has the same gradient there, which must enter the norm of all gradients once.
+
+    Args:
+        params: of a cut model.
+        mesh: the axis; None is tp of the run's mesh.
     """
+    mesh = get_mesh().submesh("tp") if mesh is None else mesh
+    axis = (mesh.mesh_dim_names or ("tp",))[0]
     for param in params:
-        if not is_cut_over(param, "tp"):
-            vars(param)["num_copies"] = get_mesh().size("tp")
+        if not is_cut_over(param, axis):
+            vars(param)["num_copies"] = mesh.size()
+
+
+def clip_grad_norm_(
+    params: Iterable[nn.Parameter], max_norm: float, mesh: DeviceMesh
+) -> torch.Tensor:
+    """Clips the gradients of a cut model; every process must call it.
+
+    Args:
+        params: those of the model.
+        max_norm: see `fairseq.optim.grad_norm.clip_grad_norm_`.
+        mesh: the one that the model is cut over.
+
+    Returns:
+        The norm of the gradients of all processes before that.
+    """
+    params = list(params)
+    mark_copies(params, mesh)
+    device = params[0].device
+    return grad_norm.clip_grad_norm_(
+        params, max_norm, local_grad_norm_aggregator([mesh.get_group()], device)
+    )
 
 
 def _layers(model: nn.Module, policy: type[Policy]) -> dict[str, nn.Module]:

@@ -15,44 +15,19 @@ import socket
 import sys
 import threading
 import traceback
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
-from fairseq.utils import local_part
+from fairseq.model_parallel.nested import map_tensors
+from fairseq.model_parallel.worker import Worker, WorkerSettings
 
-__all__ = ["WorkerPool", "WorkerSettings", "free_port", "memory_of"]
+__all__ = ["WorkerPool", "free_port"]
 
 _SECONDS_FOR_THE_OTHERS = 20.0
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """How workers find each other and what they do to the model first.
-
-    Attributes:
-        world_size: number of workers.
-        backend: of torch.distributed.
-        address: host at which they meet.
-        port: likewise.
-        policy: how the model is cut; None looks one up.
-        seed: of the random numbers of all workers.
-        num_threads: of torch, for each worker.
-    """
-
-    world_size: int
-    backend: str
-    address: str
-    port: int
-    policy: Any
-    seed: int
-    num_threads: int
 
 
 class WorkerPool:
@@ -98,7 +73,7 @@ class WorkerPool:
         """Runs a method on all workers; one call at a time, whichever threads make them.
 
         Args:
-            method: `start`, `stop`, or a method of `_Worker`.
+            method: `start`, `stop`, or a method of `Worker`.
             *args: sent to all workers.
             everyone: return all results, by rank, instead of the first.
             **kwargs: sent to all workers.
@@ -187,7 +162,7 @@ def _work(rank: int, settings: WorkerSettings, pipe: Any, parents: Any) -> None:
     if parents is not None:
         parents.close()
     torch.set_num_threads(settings.num_threads)
-    worker = _Worker(rank, settings)
+    worker = Worker(rank, settings)
     while True:
         try:
             method, args, kwargs, everyone = pipe.recv()
@@ -208,93 +183,4 @@ def _work(rank: int, settings: WorkerSettings, pipe: Any, parents: Any) -> None:
 
 
 def _to_send(result: Any) -> Any:
-    """Returns a result on the CPU, without the caches that belong to this worker's heads."""
-    if isinstance(result, torch.Tensor):
-        return result.detach().cpu()
-    if isinstance(result, dict):
-        values = {k: None if k == "past_key_values" else _to_send(v) for k, v in result.items()}
-        return type(result)(**values) if type(result) is not dict else values
-    if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
-        return type(result)(_to_send(each) for each in result)
-    return result
-
-
-class _Worker:
-    """One part of the model and what can be asked of it."""
-
-    def __init__(self, rank: int, settings: WorkerSettings) -> None:
-        self.rank = rank
-        self.settings = settings
-        self.model: Any = None
-
-    def start(self, model: nn.Module) -> None:
-        """Joins the others, and takes its part of the model."""
-        from fairseq.model_parallel.tensor_parallel import apply_tensor_parallel
-
-        on_cuda = self.settings.backend == "nccl"
-        device = torch.device("cuda", self.rank) if on_cuda else torch.device("cpu")
-        if on_cuda:
-            torch.cuda.set_device(device)
-        address = f"tcp://{self.settings.address}:{self.settings.port}"
-        world_size = self.settings.world_size
-        dist.init_process_group(
-            self.settings.backend, init_method=address, rank=self.rank, world_size=world_size
-        )
-        mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("tp",))
-        torch.manual_seed(self.settings.seed)
-        self.model = model.to(device)
-        apply_tensor_parallel(self.model, mesh, self.settings.policy)
-        # What is not cut lies in memory that all workers share still: that of the whole model.
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            if tensor.is_shared():
-                tensor.data = tensor.data.clone()
-
-    def invoke(self, name: str, args: Any, kwargs: Any) -> Any:
-        """Calls the model, or a method of it, without gradients."""
-        function = self.model if name == "forward" else getattr(self.model, name)
-        with torch.no_grad():
-            return function(*args, **kwargs)
-
-    def whole_state(self) -> dict[str, torch.Tensor]:
-        """Returns the whole state dict on rank 0."""
-        from fairseq.model_parallel.tensor_parallel import whole_state_dict
-
-        return whole_state_dict(self.model, keep=self.rank == 0)
-
-    def memory(self) -> dict[str, dict[str, int]]:
-        """Returns bytes of this worker, see `memory_of`."""
-        return memory_of(self.model, self.rank)
-
-    def stop(self) -> None:
-        """Leaves the others."""
-        dist.destroy_process_group()
-
-
-def memory_of(model: nn.Module, rank: int) -> dict[str, dict[str, int]]:
-    """Returns bytes that a part of a model takes, by the name of its device.
-
-    Args:
-        model: with parameters that may be cut.
-        rank: of this process.
-
-    Returns:
-        {device: {"allocated": bytes of the weights, on a GPU of all tensors, "reserved": bytes that
-        CUDA has reserved, on a CPU those of this process that are in memory}}.
-    """
-    if next(model.parameters()).device.type == "cuda":
-        figures = {
-            "allocated": torch.cuda.memory_allocated(),
-            "reserved": torch.cuda.memory_reserved(),
-        }
-        return {f"cuda:{rank}": figures}
-    parts = [local_part(tensor) for tensor in [*model.parameters(), *model.buffers()]]
-    allocated = sum(part.numel() * part.element_size() for part in parts)
-    return {f"cpu:{rank}": {"allocated": allocated, "reserved": _resident_bytes()}}
-
-
-def _resident_bytes() -> int:
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+    return map_tensors(lambda tensor: tensor.detach().cpu(), result)

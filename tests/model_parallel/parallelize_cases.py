@@ -45,7 +45,12 @@ class BlockModel(nn.Module):
     def forward(self, x: torch.Tensor, trouble: str = "") -> dict[str, Any]:
         for block in self.blocks:
             x = block(x, trouble)
-        return {"x": x, "past_key_values": "of own heads", "noise": torch.rand(2)}
+        return {
+            "x": x,
+            "past_key_values": "of own heads",
+            "noise": torch.rand(2),
+            "is_training": self.training,
+        }
 
 
 class BlockPolicy(Policy):
