@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.data import encoders
 from fairseq.data.data_utils import split_paths
 from fairseq.dataclass.arguments import literal_dict
+from fairseq.generation.alignment import add_alignments, alignment_text, check_can_align
 from fairseq.generation.layout import lay_out_for_generation
 from fairseq.logging import progress_bar
 from fairseq_cli.eval_lm import move_to_device
@@ -37,6 +39,7 @@ class Session:
         tokenizer: None where there is none.
         bpe: None where there is none.
         device: the GPU that batches must be moved to, None for the CPU.
+        alignment: `hard` or `soft`, None for none.
     """
 
     task: Any
@@ -45,6 +48,7 @@ class Session:
     tokenizer: Any
     bpe: Any
     device: Any
+    alignment: str | None = None
 
     def encode(self, text: str) -> str:
         """Returns a line as the dictionary knows it: words split, then pieces."""
@@ -65,6 +69,10 @@ class Session:
         found: list[list[dict[str, Any]]] = self.task.inference_step(
             self.generator, self.models, sample, **given
         )
+        if self.alignment is not None:
+            words = self.task.target_dictionary
+            pad, eos = words.pad(), words.eos()
+            add_alignments(self.models, sample["net_input"], found, pad=pad, eos=eos)
         return found
 
 
@@ -90,6 +98,8 @@ def start_session(cfg: Any, *, load_data: Callable[[Any], None] | None = None) -
         load_data(task)
     overrides = literal_dict(cfg.common_eval.model_overrides, "--model-overrides")
     models = _load(cfg, cfg.common_eval.path, overrides, task)
+    if cfg.generation.print_alignment is not None:
+        check_can_align(models)
     extra: dict[str, Any] = {}
     if cfg.generation.lm_path is not None:
         logger.info(f"loading the language model from {cfg.generation.lm_path}")
@@ -106,6 +116,7 @@ def start_session(cfg: Any, *, load_data: Callable[[Any], None] | None = None) -
         tokenizer=encoders.build_tokenizer(cfg.tokenizer),
         bpe=encoders.build_bpe(cfg.bpe),
         device=device,
+        alignment=cfg.generation.print_alignment,
     )
 
 
@@ -161,12 +172,23 @@ def most_positions(session: Session) -> Any:
 
 
 def hypothesis_lines(
-    session: Session, hypothesis: dict[str, Any], row: Any, post_process: str | None
+    session: Session,
+    hypothesis: dict[str, Any],
+    row: Any,
+    post_process: str | None,
+    source: torch.Tensor,
 ) -> tuple[list[str], str]:
     """Returns a hypothesis as printed, scores in bits.
 
+    Args:
+        session: says how ids become text.
+        hypothesis: what the generator made.
+        row: number of the sentence.
+        post_process: how pieces are joined.
+        source: ids of the source, (S,).
+
     Returns:
-        (lines H-, D- and P-, the text as in line D-).
+        (lines H-, D- and P-, and A- if it is asked for; the text as in line D-).
     """
     dictionary = session.task.target_dictionary
     left_out = getattr(session.generator, "symbols_to_strip_from_output", {session.generator.eos})
@@ -181,6 +203,9 @@ def hypothesis_lines(
         f"D-{row}\t{score}\t{decoded}",
         f"P-{row}\t" + " ".join(f"{each:.4f}" for each in positional),
     ]
+    if session.alignment is not None:
+        pad = dictionary.pad()
+        lines.append(f"A-{row}\t{alignment_text(hypothesis, session.alignment, source, pad)}")
     return lines, decoded
 
 

@@ -175,7 +175,8 @@ def _lines(
         reference = session.decode(text)
         lines.append(f"T-{row}\t{reference}")
     for rank, hypothesis in enumerate(found[: cfg.generation.nbest]):
-        own, text = hypothesis_lines(session, hypothesis, row, post_process)
+        ids = sample["net_input"]["src_tokens"][place]
+        own, text = hypothesis_lines(session, hypothesis, row, post_process, ids)
         lines += own
         if rank == 0 and reference is not None:
             scorer.add_string(reference, text)

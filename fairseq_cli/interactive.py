@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from fairseq import options, utils
 from fairseq.dataclass.legacy import config_to_dict, namespace_to_config
 from fairseq.distributed import utils as distributed_utils
@@ -108,7 +110,7 @@ def _answer(cfg: Any, session: Session, lines: list[str], first: int) -> float:
         dictionary.encode_line(session.encode(line), add_if_not_exist=False).long()
         for line in lines
     ]
-    answers: dict[int, tuple[float, str, list[dict[str, Any]]]] = {}
+    answers: dict[int, tuple[float, torch.Tensor, list[dict[str, Any]]]] = {}
     seconds = 0.0
     for sample in _batches(cfg, session, tokens):
         started_at = time.perf_counter()
@@ -116,16 +118,17 @@ def _answer(cfg: Any, session: Session, lines: list[str], first: int) -> float:
         elapsed = time.perf_counter() - started_at
         seconds += elapsed
         for place, row, found in sentences(sample, hypotheses):
-            source = utils.strip_pad(sample["net_input"]["src_tokens"][place], dictionary.pad())
-            text = dictionary.string(source.cpu(), cfg.common_eval.post_process)
-            answers[row] = (elapsed / len(hypotheses), text, found)
+            source = sample["net_input"]["src_tokens"][place].cpu()
+            answers[row] = (elapsed / len(hypotheses), source, found)
     for row in sorted(answers):
-        elapsed, text, found = answers[row]
+        elapsed, source, found = answers[row]
+        words = utils.strip_pad(source, dictionary.pad())
+        text = dictionary.string(words, cfg.common_eval.post_process)
         print(f"S-{first + row}\t{text}")
         print(f"W-{first + row}\t{elapsed:.3f}\tseconds")
         for hypothesis in found[: cfg.generation.nbest]:
             own, _ = hypothesis_lines(
-                session, hypothesis, first + row, cfg.common_eval.post_process
+                session, hypothesis, first + row, cfg.common_eval.post_process, source
             )
             print(*own, sep="\n")
     sys.stdout.flush()

@@ -369,6 +369,7 @@ GENERATION = """
 --lm-weight 0.3
 --retain-dropout
 --retain-dropout-modules "['x']"
+--print-alignment soft
 --cache-error 0.3
 """
 GENERATION_REFUSED = """
@@ -377,7 +378,6 @@ GENERATION_REFUSED = """
 --replace-unk
 --sacrebleu
 --constraints
---print-alignment
 --print-step
 --iter-decode-eos-penalty 0.5
 --iter-decode-max-iter 3

@@ -36,7 +36,7 @@ _NO_BMUF = "block-wise model update filtering is not provided"
 _NO_TPU = "TPUs are not supported"
 _NO_AMP = "torch AMP is not provided; use --bf16 or --fp16"
 _NO_EFFECT = "it has no effect in the original either; drop the flag"
-_NO_ALIGNMENT = "attention over a source is not recorded in generation"
+_NO_REPLACEMENT = "unknown words of a source are not kept in binarized data; use subwords"
 _NO_REFINEMENT = "models that refine their output are not provided"
 _FLAT_FSDP = "FSDP2 shards each parameter by itself and has no flat parameters"
 
@@ -494,7 +494,7 @@ class GenerationConfig(FairseqDataclass):
     lenpen: float = _option(1, "scores are divided by length ** this: below 1 favours short ones")
     unkpen: float = _option(0, "nats taken off unknown words; below 0 gives them more")
     replace_unk: str | None = _option(
-        None, "dictionary for unknown words", argparse_const="@@ ", unsupported=_NO_ALIGNMENT
+        None, "dictionary for unknown words", argparse_const="@@ ", unsupported=_NO_REPLACEMENT
     )
     sacrebleu: bool = _option(False, "score with sacrebleu", unsupported="use --scoring sacrebleu")
     score_reference: bool = _option(False, "score the references instead of generating")
@@ -529,10 +529,10 @@ class GenerationConfig(FairseqDataclass):
     )
     print_alignment: str | None = _option(
         None,
-        "print alignments",
+        "print what outputs attend to in the source: hard, the source token with the highest "
+        "weight for each output token; soft, all weights",
         choices=["hard", "soft"],
         argparse_const="hard",
-        unsupported=_NO_ALIGNMENT,
     )
     print_step: bool = _option(False, "print steps", unsupported=_NO_REFINEMENT)
     lm_path: str | None = _option(

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from fairseq.attention import Prepared, attend
+from fairseq.attention.backends.reference import ReferenceBackend
 from fairseq.modules.basic import FairseqDropout
 from fairseq.modules.incremental_state import IncrementalState
+from fairseq.modules.key_value_cache import as_dense
 from fairseq.modules.multihead_attention import MultiheadAttention
 
 __all__ = ["EncoderAttention", "Memory"]
@@ -69,6 +71,15 @@ class EncoderAttention(MultiheadAttention):
         out = attend(q, k, v, memory.prepared, dropout_p=self.dropout_module.rate)
         merged: torch.Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return merged
+
+    def weights(self, x: torch.Tensor, memory: Memory) -> torch.Tensor:
+        """Returns how much each of the tokens (B, T, D) attends to the source, (B, H, T, S).
+
+        Computed apart from `forward`, whose kernels keep no weights; without dropout.
+        """
+        q, k = self._split_heads(self.q_proj(x)), self._split_heads(self.k_proj(memory.states))
+        scores = ReferenceBackend().scores(q, k, as_dense(memory.prepared))
+        return torch.softmax(scores, dim=-1, dtype=torch.float32)
 
     def _keys_and_values(
         self, states: torch.Tensor, incremental_state: IncrementalState | None

@@ -222,8 +222,8 @@ def as_dense(prepared: Prepared) -> DensePrepared:
         prepared = prepared.form_for(SdpaBackend.name)
     if not isinstance(prepared, DensePrepared):
         raise ValueError(
-            "--cache-error needs an attention backend that forms a mask; use --attention-backend "
-            "auto, sdpa or reference"
+            "--cache-error and --print-alignment need an attention backend that forms a mask; use "
+            "--attention-backend auto, sdpa or reference"
         )
     return prepared
 

@@ -242,6 +242,8 @@ def test_wrong_settings_of_interactive():
         run_interactive("x\n", "--path", GPT, "--batch-size", "4", "--buffer-size", "2")
     with pytest.raises(ValueError, match="--score-reference needs references"):
         run_interactive("x\n", "--path", GPT, "--score-reference")
+    with pytest.raises(ValueError, match="--print-alignment needs models whose decoder attends"):
+        run_interactive("x\n", "--path", GPT, "--print-alignment")
     with pytest.raises(FileNotFoundError):
         run_interactive("x\n", "--path", GPT, "--input", "nowhere.txt")
 

@@ -135,6 +135,25 @@ def test_longer_sentences_than_any_in_training(run, monkeypatch, capsys):
     assert right / total > 0.6
 
 
+def test_alignments_are_printed(run, monkeypatch):
+    """Words are mapped one by one: the model has learnt to look at the word that it translates."""
+    text = output_of(monkeypatch, run, "test", "--beam 2 --print-alignment")
+    pairs = re.findall(r"^A-\d+\t(.*)$", text, flags=re.MULTILINE)
+    lengths = [len(line.split()) for line in re.findall(r"^D-.*\t(.*)$", text, flags=re.MULTILINE)]
+    assert len(pairs) == 60 and [len(line.split()) for line in pairs] == lengths
+    found = [pair.split("-") for line in pairs for pair in line.split()]
+    assert sum(source == output for source, output in found) > 0.9 * len(found)
+
+    text = output_of(monkeypatch, run, "test", "--beam 2 --print-alignment soft --score-reference")
+    sources = re.findall(r"^S-(\d+)\t(.*)$", text, flags=re.MULTILINE)
+    weights = re.findall(r"^A-(\d+)\t(.*)$", text, flags=re.MULTILINE)
+    for (row, source), (same_row, line) in zip(sources, weights, strict=True):
+        table = [[float(weight) for weight in each.split(",")] for each in line.split()]
+        count = len(source.split()) + 1  # </s>; outputs have as many tokens
+        assert row == same_row and [len(each) for each in table] == [count] * count
+        assert [sum(each) for each in table] == pytest.approx([1.0] * count, abs=1e-4)
+
+
 def test_one_beam_one_row_at_a_time_gives_the_same(run, monkeypatch):
     def hypotheses(text):
         return sorted(re.findall(r"^D-(\d+)\t\S+\t(.*)$", text, flags=re.MULTILINE))

@@ -85,6 +85,29 @@ class TransformerCrossDecoder(TransformerDecoder):
         )
         return (Memory(states, prepared),)
 
+    def source_attention(self, tokens: torch.Tensor, encoder_out: EncoderOut) -> torch.Tensor:
+        """Returns what each target token attends to in the last layer, averaged over heads.
+
+        Args:
+            tokens: ids of the target tokens, (B, T).
+            encoder_out: output of the encoder for S source tokens.
+
+        Returns:
+            Weights of the source tokens, float32 (B, T, S); they sum to 1.
+        """
+        last: Any = self.layers[-1]
+        found: list[torch.Tensor] = []
+
+        def note(attention: Any, given: tuple[Any, ...], out: torch.Tensor) -> None:
+            found.append(attention.weights(*given[:2]).mean(dim=1))
+
+        handle = last.encoder_attn.register_forward_hook(note)
+        try:
+            self.extract_features(tokens, encoder_out)
+        finally:
+            handle.remove()
+        return found[0]
+
     def cross_bias(self, tokens: torch.Tensor, encoder_out: EncoderOut) -> AttentionBias:
         """Returns what is added to the scores of target tokens against source tokens.
 
