@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -62,7 +63,7 @@ class StopRequest:
         if self.is_alone:
             self._raise(number)
         self.has_left = True
-        if self.is_master:
+        if self.is_master and multiprocessing.parent_process() is None:
             print("interrupted" if number == signal.SIGINT else "terminated", file=sys.stderr)
         raise OrderlyStop(number)
 
@@ -93,23 +94,26 @@ def stop_on_signal(*, is_alone: bool, is_master: bool = True) -> Iterator[StopRe
                 signal.signal(number, handler)
 
 
-def _outlive_the_first_in_child() -> None:
-    """Lets forked loaders of data go on when a signal reaches a whole group of processes.
+def _obey_the_parent_alone() -> None:
+    """Lets a forked loader of data go on when a signal reaches a whole group of processes.
 
-    Without them the update could not be finished. They end when they are told to: ctrl-C is never
-    meant for them, SIGTERM only when it is repeated.
+    Without it the update could not be finished. It ends when the process that it works for says so
+    or is gone (torch looks). torch sets a handler of its own later, so SIGTERM is blocked instead.
     """
     if _active is None:
         return
-    received = StopSignal()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if received.is_repeated(number):
-            os._exit(128 + number)
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, name="terminate", daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_outlive_the_first_in_child)
+    os.register_at_fork(after_in_child=_obey_the_parent_alone)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection
@@ -52,6 +53,7 @@ def watch(processes: Sequence[Any]) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     if number is not None:
+        print("terminated", file=sys.stderr)
         raise SystemExit(128 + number)
     if failure is not None:
         raise failure

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from train_runs import TINY_MODEL, TINY_TRAINING, make_tiny_data, same_bits
+from train_runs import GOLDEN, TINY_MODEL, TINY_TRAINING, make_tiny_data, processes_below, same_bits
 
 UPDATES = 40
 
@@ -108,10 +108,23 @@ def test_loaders_of_data_end_with_it(data, tmp_path):
     assert (tmp_path / "checkpoint_last.pt").exists()
 
 
-def test_a_signal_to_the_whole_group_spares_the_loaders(data, tmp_path):
-    """As `timeout` sends it: to the process and then to its group, which it belongs to."""
-    process = start(data, tmp_path, "--num-workers", "2")
+def start_long(folder):
+    """Starts a run that is in its first epoch for long."""
+    return start(GOLDEN / "bin" / "main", folder, "--num-workers", "2", "--max-update", "400")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loaders_obey_nobody_but_the_training(tmp_path):
+    """Who signals a whole group, as `timeout`, torchrun and scancel do, means the training."""
+    process = start_long(tmp_path)
     wait_for(process, "train_inner")
+    loaders = processes_below(process.pid)
+    assert len(loaders) == 2
+    for loader in loaders:
+        os.kill(loader, signal.SIGTERM)
+    for _ in range(30):  # more than loaders have ready
+        wait_for(process, "train_inner")
+    assert processes_below(process.pid) == loaders
     process.send_signal(signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from train_runs import TINY_TRAINING, make_tiny_data, same_bits
+from train_runs import TINY_TRAINING, make_tiny_data, processes_below, same_bits
 
 UPDATES = 40
 MODEL = (
@@ -60,19 +58,6 @@ def wait_for(process, text="train_inner"):
     for line in process.stdout:
         if text in line:
             return
-
-
-def workers_of(process):
-    """Returns the ids of the two processes that train: the youngest below the one started."""
-    running = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            running[int(entry.name)] = int(fields[1])
-    below = [process.pid]
-    for parent in below:
-        below += [pid for pid, its_parent in running.items() if its_parent == parent]
-    return sorted(below)[-2:]
 
 
 def finished(process):
@@ -128,7 +113,7 @@ def test_the_process_that_started_them_passes_it_on(number, code, data, tmp_path
 def test_one_worker_is_enough(way, parallel, code, data, tmp_path):
     process = start(way, parallel, data, tmp_path)
     wait_for(process)
-    os.kill(workers_of(process)[-1], signal.SIGINT)
+    os.kill(processes_below(process.pid)[-1], signal.SIGINT)  # the youngest trains
     ended, _ = finished(process)
     assert ended == code
     assert 1 <= updates_in(tmp_path) < UPDATES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -150,3 +151,16 @@ def same_bits(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same_bits, a, b))
     return a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
+
+
+def processes_below(pid: int) -> list[int]:
+    """Returns the ids of a process's children, theirs and so on, rising (Linux)."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            parents[int(entry.name)] = int(fields[1])
+    below = [pid]
+    for parent in below:
+        below += [child for child, its_parent in parents.items() if its_parent == parent]
+    return sorted(below[1:])
