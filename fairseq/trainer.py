@@ -62,6 +62,8 @@ class Trainer:
         self._check_sharding(criterion)
         self._criterion: Any = self._prepare(criterion)
         self._model: Any = self._cut(self._prepare(model))
+        if cfg.optimization.compile:
+            self._compile()
         reports.log_shared_parameters(model)
 
         self._wrapped: dict[str, nn.Module] = {}
@@ -190,6 +192,18 @@ class Trainer:
                 "--tensor-parallel-size with half precision needs float32 shards; add "
                 "--data-parallel fsdp2 (and processes for it), or leave out --fp16 and --bf16"
             )
+
+    def _compile(self) -> None:
+        """Has the layers compiled at the first update."""
+        if self.is_cut or distributed_utils.get_mesh() is not None:
+            raise ValueError(
+                "--compile does not work with --ddp-backend fully_sharded, --data-parallel fsdp2, "
+                "--tensor-parallel-size or --sequence-parallel-size; leave it out"
+            )
+        from fairseq.models import compiled
+
+        compiled.check_compiler(self.device)
+        compiled.compile_layers(self._model)
 
     def _cut(self, model: nn.Module) -> nn.Module:
         """Cuts the model's weights over the workers that share a copy of it."""

@@ -25,7 +25,6 @@ from bench_tools import (
     build_trainer,
     first_batch,
     model_flags,
-    peak_flops,
     ratio,
     report,
     seconds_of,
@@ -55,6 +54,7 @@ def main() -> None:
     parser.add_argument("--no-dropout", action="store_true", help="all dropouts 0")
     parser.add_argument("--no-baseline", action="store_true", help="measure this project alone")
     parser.add_argument("--rows", type=int, default=8, help="rows of a batch, with --only peak")
+    parser.add_argument("--update-freq", type=int, default=1, help="batches, with --only peak")
     parser.add_argument("--flags", default="", help="further flags of the model")
     parser.add_argument("--only", choices=["plain", "peak", "gpt2"], default="plain")
     options = parser.parse_args()
@@ -117,13 +117,26 @@ def against_peak(data: Path, options: argparse.Namespace) -> list[dict[str, Any]
         flags += _dropout_flags({} if options.no_dropout else DROPOUTS)
         trainer = build_trainer(data, flags, length=length, tokens=options.rows * length)
         batch = first_batch(trainer, length)
-        peak = peak_flops()
-        seconds = seconds_of({"ours": partial(trainer.train_step, [batch])}, options.runs)["ours"]
-        flops = useful_flops(trainer.get_model().decoder, batch)
-        rows.append({"width": width, "dropout": not options.no_dropout})
+        batches = [batch] * options.update_freq
+        forms = {"ours": partial(trainer.train_step, batches), "products": products}
+        medians = seconds_of(forms, options.runs)
+        seconds, peak = medians["ours"], PRODUCT_FLOPS / medians["products"]
+        flops = len(batches) * useful_flops(trainer.get_model().decoder, batch)
+        rows.append({"width": width, "dropout": not options.no_dropout, "rows": options.rows})
+        rows[-1] |= {"batches": options.update_freq}
         rows[-1] |= {"peak GFLOP/s": peak / 1e9, "ours GFLOP/s": flops / seconds / 1e9}
         rows[-1]["of peak"] = flops / seconds / peak
     return rows
+
+
+PRODUCT_FLOPS = 20 * 2 * 1024**3
+
+
+def products() -> None:
+    """Computes 20 products of matrices of 1024 x 1024."""
+    a, b, out = (torch.ones(1024, 1024) for _ in range(3))
+    for _ in range(20):
+        torch.mm(a, b, out=out)
 
 
 def useful_flops(decoder: Any, batch: dict[str, Any]) -> float:

@@ -150,6 +150,7 @@ OPTIMIZATION = """
 --lr 3
 --stop-min-lr 3
 --skip-remainder-batch
+--compile
 """
 OPTIMIZATION_REFUSED = "--use-bmuf"
 CHECKPOINT = """

@@ -399,6 +399,11 @@ class OptimizationConfig(FairseqDataclass):
     skip_remainder_batch: bool = _option(
         False, "leave out the last, smaller batches of an epoch", extension=True
     )
+    compile: bool = _option(
+        False,
+        "compile the layers of a language model with torch.compile (needs a C++ compiler)",
+        extension=True,
+    )
 
 
 @dataclass

@@ -5,6 +5,8 @@ Shapes: `B` rows, `T` new tokens, `S` tokens so far, `D` width, `H` heads, `K` =
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,6 +31,9 @@ class MultiheadAttention(StatefulModule):
         dropout: probability that an attention weight is dropped in training.
         bias: whether the projections have biases.
 
+    Attributes:
+        attend: computes what stands between the projections; a compiler is kept away from it.
+
     Raises:
         ValueError: the heads do not divide the width.
     """
@@ -52,6 +57,7 @@ class MultiheadAttention(StatefulModule):
         self.v_proj = nn.Linear(embed_dim, embed_dim, bias)
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias)
+        self.attend: Callable[..., torch.Tensor] = _attend
         self._joint: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.reset_parameters()
 
@@ -84,13 +90,7 @@ class MultiheadAttention(StatefulModule):
             (B, T, D), or (B, N, D).
         """
         q, k, v = map(self._split_heads, self._project(x, num_last))  # (B, H, T, K)
-        q, k = prepared.rotate(q, k)
-        if incremental_state is None:
-            out = attend(q, k, v, prepared, dropout_p=self.dropout_module.rate)  # (B, H, T, K)
-        else:
-            out = self.cache(incremental_state).attend(
-                q, k, v, prepared, dropout_p=self.dropout_module.rate
-            )
+        out = self.attend(self, q, k, v, prepared, incremental_state)  # (B, H, T, K)
         merged: torch.Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return merged
 
@@ -173,3 +173,19 @@ class MultiheadAttention(StatefulModule):
             if joint is not None:
                 for part, tensor in zip("qkv", joint.chunk(3), strict=True):
                     state_dict[f"{prefix}{part}_proj.{kind}"] = tensor
+
+
+def _attend(
+    module: MultiheadAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prepared: Prepared,
+    incremental_state: IncrementalState | None,
+) -> torch.Tensor:
+    """Attends from new queries (B, H, T, K) to all keys so far."""
+    q, k = prepared.rotate(q, k)
+    rate = module.dropout_module.rate
+    if incremental_state is None:
+        return attend(q, k, v, prepared, dropout_p=rate)
+    return module.cache(incremental_state).attend(q, k, v, prepared, dropout_p=rate)
