@@ -1,18 +1,19 @@
-"""Attention by square tiles of scores, for terms that depend on distance alone; made for CPUs.
+"""Attention by tiles of scores, for terms that depend on distance alone; made for CPUs.
 
-Queries and keys are cut into blocks of equal length. All pairs of blocks that are as far apart
-share one tile of the bias, so that a batched product computes many tiles at once, and blocks that
-are too far to matter are left out. No tensor grows with T * S: memory is linear in the length.
+Queries are cut into blocks. Each block meets the run of keys that its heads look at, all heads of
+a group in one batched product. No tensor grows with T * S: memory is linear in the length.
 
-* exp(score + bias) is taken as exp2(score) * exp(bias), with log2(e) in the factor of the queries:
+* exp(score + term) is taken as exp2(score) * exp(term), with log2(e) in the factor of the product:
   the exponential of very negative numbers is slow, and a hidden key costs nothing.
+* Keys and values are turned round, the last one first. The distance from query i to the r-th of
+  them is i + r and a constant, so that a tile of factors is a view of one row of numbers, with
+  steps of 1 in both directions: nothing is built, and what is read stays in the innermost cache.
 * Scores are small in practice, so no maximum is subtracted; where they are not, a reference
   of each query is (the score of its own key). The caller makes sure that nothing overflows.
 * The backward pass is written out; it makes the tiles and the dropped weights again.
 
-Shapes: `B` rows, `H` heads, `T` queries, `S` keys, `K` head width; of a group of heads: `R` rows
-times heads, `N` query blocks, `M` key blocks, `L` length of a block, `n` pairs of blocks at once;
-`D` distances.
+Shapes: `B` rows, `H` heads, `T` queries, `S` keys, `K` head width, `D` distances; of a block of
+queries: `G` heads, `L` queries, `n` keys.
 """
 
 from __future__ import annotations
@@ -26,24 +27,41 @@ import torch
 
 from fairseq.attention.random_bits import DropMask
 
-__all__ = ["Distances", "HeadGroup", "TiledCall", "tiled_attention"]
+__all__ = ["MOST_SCORES", "Distances", "HeadGroup", "TiledCall", "tiled_attention"]
 
 _LOG2_E = math.log2(math.e)
-_MOST_SCORES = 1 << 18
-"""Scores of a batch of tiles; these and what goes with them stay in a core's cache."""
+MOST_SCORES = 1 << 18
+"""Scores of a tile; these and what goes with them stay in a core's cache."""
+_SMALLEST_TERM = -66.0
+"""Factors below the exponential of this are 0. Times that of the smallest score without reference,
+-20, they would be denormal numbers, with which arithmetic is slow."""
+_SMALLEST_TERM_REFERRED = -87.0
 
 
-@dataclass(frozen=True)
 class Distances:
     """What is added to scores, for each distance from query back to key.
 
-    Attributes:
+    Args:
         terms: (H, D); -inf where a key at that distance is not seen.
         first: distance of column 0; negative for keys after the query.
     """
 
-    terms: torch.Tensor
-    first: int
+    def __init__(self, terms: torch.Tensor, first: int) -> None:
+        self.terms = terms
+        self.first = first
+        self._factors: torch.Tensor | None = None
+
+    def factors(self, dtype: torch.dtype, *, is_referred: bool) -> torch.Tensor:
+        """Returns the exponentials of the terms, (H, D); kept where there is no reference."""
+        if is_referred:
+            return self._exponentials(dtype, _SMALLEST_TERM_REFERRED)
+        if self._factors is None or self._factors.dtype is not dtype:
+            self._factors = self._exponentials(dtype, _SMALLEST_TERM)
+        return self._factors
+
+    def _exponentials(self, dtype: torch.dtype, smallest: float) -> torch.Tensor:
+        terms = self.terms.detach().to(dtype)
+        return terms.clamp(min=smallest).exp_().masked_fill_(terms < smallest, 0.0)
 
 
 @dataclass(frozen=True)
@@ -51,25 +69,16 @@ class HeadGroup:
     """Heads that are computed together.
 
     Attributes:
-        heads: their numbers.
-        block: length of a block, L.
-        nearest: how many blocks back the first block of keys lies; negative for keys that come
-            after the query.
-        farthest: how many blocks back the last one lies.
+        heads: which; they follow one another.
+        block: length of a block of queries, L.
+        back: how many steps back their queries look.
+        ahead: how many steps ahead.
     """
 
-    heads: tuple[int, ...]
+    heads: slice
     block: int
-    nearest: int
-    farthest: int
-
-    @property
-    def which(self) -> slice | list[int]:
-        """The heads as an index; a slice if they follow one another, which copies nothing."""
-        first, last = self.heads[0], self.heads[-1]
-        if self.heads == tuple(range(first, last + 1)):
-            return slice(first, last + 1)
-        return list(self.heads)
+    back: int
+    ahead: int
 
 
 @dataclass(frozen=True)
@@ -110,9 +119,10 @@ def tiled_attention(
         q: (B, H, T, K); computed in float32, or float64 if it is that.
         k: (B, H, S, K).
         v: (B, H, S, K).
-        distances: the terms of all distances that tiles of the groups cover.
+        distances: the terms of all distances between these queries and keys.
         call: everything else.
-        reference: (B, H, T), subtracted from each query's scores before the exponential.
+        reference: (B, H, T), subtracted from each query's scores before the exponential. None
+            where no score is further than 20 from 0.
         query_labels: (B or 1, T); a query sees keys of its own label alone. None if all are one.
         key_labels: (B or 1, S), given with those of queries.
 
@@ -120,7 +130,7 @@ def tiled_attention(
         (output (B, H, T, K) in the dtype of q, log-sum-exp (B, H, T) in nats).
     """
     result: tuple[torch.Tensor, torch.Tensor] = _Tiled.apply(
-        q, k, v, distances.terms, distances.first, call, reference, query_labels, key_labels
+        q, k, v, distances.terms, distances, call, reference, query_labels, key_labels
     )
     return result
 
@@ -135,344 +145,251 @@ class _Tiled(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         terms: torch.Tensor,
-        first: int,
+        distances: Distances,
         call: TiledCall,
-        reference: torch.Tensor | None,
-        query_labels: torch.Tensor | None,
-        key_labels: torch.Tensor | None,
+        *others: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        rows, heads, length, width = q.shape
-        # In the order in which the layers read it, (B, T, H, K).
-        out = torch.empty(rows, length, heads, width, dtype=q.dtype).transpose(1, 2)
-        total = torch.empty(rows, heads, length, dtype=dtype)
-        inputs = _Inputs(q, k, v, Distances(terms, first), reference, query_labels, key_labels)
-        mask = DropMask(call.drop_rate, call.seed)
-        for part in _parts(inputs, call):
-            part_out, part_total = _forward(part, mask)
-            part.layout.put(out, part_out)
-            part.layout.put(total.unsqueeze(-1), part_total)
-        lse = total.log()
-        if reference is not None:
-            lse += reference
-        ctx.call, ctx.first = call, first
-        ctx.save_for_backward(q, k, v, terms, out, total, reference, query_labels, key_labels)
-        return out, lse
+        ctx.call, ctx.distances = call, distances
+        out, total = _forward(_Sheet(q, k, v, distances, call, *others))
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, total, *others)
+        lse, reference = total.log().squeeze(-1), others[0]
+        return out, lse if reference is None else lse.add_(reference)
 
     @staticmethod
     def backward(
         ctx: Any, out_grad: torch.Tensor, lse_grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, terms, out, total, reference, query_labels, key_labels = ctx.saved_tensors
-        call = ctx.call
-        inputs = _Inputs(q, k, v, Distances(terms, ctx.first), reference, query_labels, key_labels)
-        grads = [torch.empty_like(each) for each in (q, k, v)]
-        is_seen = total > 0
+        q, k, v, out, total, *others = ctx.saved_tensors
+        sheet = _Sheet(q, k, v, ctx.distances, ctx.call, *others)
         # The derivative of a score is weight * (what its value gives - this number of the query).
-        pull = (out_grad * out).sum(-1, dtype=total.dtype) - lse_grad  # (B, H, T)
-        share = total.where(is_seen, 1.0).reciprocal_()
-        pull = (pull * share).where(is_seen, 0.0)
-        term_grad = torch.zeros_like(terms) if ctx.needs_input_grad[3] else None
-        mask = DropMask(call.drop_rate, call.seed)
-        for part in _parts(inputs, call):
-            layout = part.layout
-            pulled = layout.queries(pull.unsqueeze(-1))
-            given = layout.queries(out_grad) * layout.queries((share * mask.scale).unsqueeze(-1))
-            dq, dk, dv = _backward(part, mask, given, pulled, term_grad)
-            layout.put(grads[0], dq.mul_(call.scale))
-            layout.put_keys(grads[1], dk.mul_(1 / _LOG2_E))
-            layout.put_keys(grads[2], dv)
-        return (*grads, term_grad, None, None, None, None, None)
+        pull = (out_grad * out).sum(-1, keepdim=True, dtype=total.dtype)  # (B, H, T, 1)
+        pull.sub_(lse_grad.unsqueeze(-1))
+        share = total.where(total > 0, torch.inf).reciprocal_()
+        term_grad = torch.zeros_like(ctx.distances.terms) if ctx.needs_input_grad[3] else None
+        grads = _backward(sheet, out_grad, pull.mul_(share), share, term_grad)
+        dq, dk, dv = (x.to(q.dtype) for x in grads)
+        return dq, dk, dv, term_grad, None, None, None, None, None
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    distances: Distances
-    reference: torch.Tensor | None
-    query_labels: torch.Tensor | None
-    key_labels: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How some rows of a group of heads are cut into blocks.
+class _Sheet:
+    """The tensors of a call in the form in which tiles are cut out of them.
 
     Attributes:
-        rows: which rows.
-        group: which heads, and how long a block is.
-        num_streams: rows times heads, R.
-        front: places before query 0 in the first block.
-        num_query_blocks: N.
-        num_key_blocks: M.
-        keys_of_last_block: how many of its places are keys.
-        ahead: query block b stands at key block b + ahead.
-    """
-
-    rows: slice
-    group: HeadGroup
-    num_streams: int
-    front: int
-    num_query_blocks: int
-    num_key_blocks: int
-    keys_of_last_block: int
-    ahead: int
-    dtype: torch.dtype
-
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """Cuts (B, H, T, K) into new blocks (N R, L, K), with zeros where there is no query."""
-        return self._blocks(x, self.front, self.num_query_blocks)
-
-    def keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Cuts (B, H, S, K) into new blocks (M R, L, K), with zeros where there is no key."""
-        return self._blocks(x, 0, self.num_key_blocks)
-
-    def _blocks(self, x: torch.Tensor, front: int, count: int) -> torch.Tensor:
-        x = x[self.rows, self.group.which].to(self.dtype)
-        tail = count * self.group.block - front - x.size(2)
-        if front or tail:
-            x = torch.nn.functional.pad(x, (0, 0, front, tail))
-        x = x.unflatten(2, (count, -1)).permute(2, 0, 1, 3, 4)  # (N, B, G, L, K)
-        return x.clone(memory_format=torch.contiguous_format).flatten(0, 2)
-
-    def put(self, whole: torch.Tensor, blocks: torch.Tensor) -> None:
-        """Writes blocks (N R, L, K) to their places in (B, H, T, K)."""
-        self._put(whole, blocks, self.front)
-
-    def put_keys(self, whole: torch.Tensor, blocks: torch.Tensor) -> None:
-        """Writes blocks (M R, L, K) to their places in (B, H, S, K)."""
-        self._put(whole, blocks, 0)
-
-    def _put(self, whole: torch.Tensor, blocks: torch.Tensor, front: int) -> None:
-        shape = (-1, self.num_streams // len(self.group.heads), len(self.group.heads))
-        x = blocks.unflatten(0, shape).permute(1, 2, 0, 3, 4)  # (B, G, N, L, K)
-        length = whole.size(2)
-        if length == x.size(2) * x.size(3) and isinstance(self.group.which, slice):
-            whole[self.rows, self.group.which].unflatten(2, x.shape[2:4]).copy_(x)
-        else:
-            whole[self.rows, self.group.which] = x.flatten(2, 3)[:, :, front : front + length].to(
-                whole.dtype
-            )
-
-    def labels(self, labels: torch.Tensor, front: int, count: int, missing: float) -> torch.Tensor:
-        """Cuts labels (B or 1, T) into blocks (N, B or 1, L); `missing` where there is none."""
-        x = labels[self.rows] if len(labels) > 1 else labels
-        tail = count * self.group.block - front - x.size(1)
-        x = torch.nn.functional.pad(x.to(self.dtype), (front, tail), value=missing)
-        return x.unflatten(1, (count, -1)).transpose(0, 1).contiguous()
-
-
-@dataclass
-class _Part:
-    """Some rows of a group of heads, in blocks.
-
-    Attributes:
-        q: (N R, L, K), times scale and log2(e).
-        k: (M R, L, K).
-        v: (M R, L, K).
-        factors: exponentials of the terms of these heads, (G, D) with R = rows times G.
+        q: (B, H, T, K).
+        k: (B, H, S, K), the last key first.
+        v: (B, H, S, K), the last value first.
+        backwards: numbers of the keys, the last one first, (S,).
+        call: everything that is no tensor.
+        factors: exponentials of the terms, (H, D).
         first: distance of the first of them.
-        reference: (N R, L, 1) in bits, or None.
-        query_labels: (N, B or 1, 1, L, 1), or None.
-        key_labels: (M, B or 1, 1, 1, L), or None.
+        reference: (B, H, T, 1) in bits, or None.
+        query_labels: (B or 1, T, 1), or None.
+        key_labels: (B or 1, 1, S), the last one first, or None.
     """
 
-    layout: _Layout
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    factors: torch.Tensor
-    first: int
-    reference: torch.Tensor | None
-    query_labels: torch.Tensor | None
-    key_labels: torch.Tensor | None
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        distances: Distances,
+        call: TiledCall,
+        reference: torch.Tensor | None,
+        query_labels: torch.Tensor | None,
+        key_labels: torch.Tensor | None,
+    ) -> None:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        self.backwards = torch.arange(k.size(2) - 1, -1, -1)
+        self.q = q.to(dtype)
+        self.k, self.v = (x.to(dtype).index_select(2, self.backwards) for x in (k, v))
+        self.call = call
+        self.factors = distances.factors(dtype, is_referred=reference is not None)
+        self.first = distances.first
+        self.reference = None if reference is None else reference.unsqueeze(-1) * _LOG2_E
+        self.query_labels = None if query_labels is None else query_labels.unsqueeze(-1)
+        self.key_labels = None if key_labels is None else key_labels.flip(-1).unsqueeze(-2)
 
-    @property
-    def _step(self) -> int:
-        """How many pairs of blocks are computed at once."""
-        layout = self.layout
-        most = _MOST_SCORES // (layout.num_streams * layout.group.block**2)
-        return max(1, min(most, layout.num_query_blocks))
+    def panels(self) -> Iterator[_Panel]:
+        """Yields every row of every group of heads."""
+        for group in self.call.groups:
+            blocks = self._blocks(group)
+            for row in range(len(self.q)):
+                yield _Panel(self, row, group.heads, blocks)
 
-    def room(self) -> torch.Tensor:
-        """Returns an empty tensor that holds any batch of tiles, (n R, L, L)."""
-        block = self.layout.group.block
-        return self.q.new_empty(self._step * self.layout.num_streams, block, block)
-
-    def batches(self) -> Iterator[_Batch]:
-        """Yields batches of pairs of blocks; all pairs of a batch are equally far apart."""
-        layout, streams, step = self.layout, self.layout.num_streams, self._step
-        for back in range(layout.group.nearest, layout.group.farthest + 1):
-            shift = layout.ahead - back
-            low = max(0, -shift)
-            end = min(layout.num_query_blocks, layout.num_key_blocks - shift)
-            tile = self._tile(back) if low < end else None
-            for start in range(low, end, step):
-                stop = min(start + step, end)
-                assert tile is not None
-                yield _Batch(
-                    back,
-                    tile,
-                    slice(start, stop),
-                    slice(start + shift, stop + shift),
-                    slice(start * streams, stop * streams),
-                    slice((start + shift) * streams, (stop + shift) * streams),
-                )
-
-    def weights(self, batch: _Batch, room: torch.Tensor) -> torch.Tensor:
-        """Computes exp(score + term - reference) of a batch of tiles, (n R, L, L), into `room`."""
-        q = self.q[batch.queries]
-        w = torch.bmm(q, self.k[batch.keys].transpose(1, 2), out=room[: len(q)])
-        if self.reference is not None:
-            w.sub_(self.reference[batch.queries])
-        w.exp2_()
-        by_head = w.view(-1, *batch.tile.shape)
-        by_head.mul_(batch.tile)
-        if self.query_labels is not None and self.key_labels is not None:
-            mine, theirs = self.query_labels[batch.query_blocks], self.key_labels[batch.key_blocks]
-            by_head.view(len(mine), -1, *batch.tile.shape).mul_((mine == theirs).to(w.dtype))
-        if batch.key_blocks.stop == self.layout.num_key_blocks:
-            # The last block may be longer than what is left of the keys.
-            w[-self.layout.num_streams :, :, self.layout.keys_of_last_block :].zero_()
-        return w
-
-    def _tile(self, back: int) -> torch.Tensor:
-        """Returns the factors of two blocks that are so many blocks apart, (G, L, L)."""
-        block = self.layout.group.block
-        # Query i and key j of the two are back * L + i - j apart.
-        start = back * block - (block - 1) - self.first
-        return self.factors[:, start : start + 2 * block - 1].unfold(1, block, 1).flip(-1)
+    def _blocks(self, group: HeadGroup) -> list[_Block]:
+        num_queries, num_keys = self.q.size(2), self.k.size(2)
+        most = max(1, MOST_SCORES // (len(self.factors[group.heads]) * group.block))
+        blocks = []
+        for start in range(0, num_queries, group.block):
+            stop = min(start + group.block, num_queries)
+            position = start + self.call.shift
+            oldest = max(0, position - group.back)
+            newest = min(num_keys - 1, position + stop - start - 1 + group.ahead)
+            end = num_keys - oldest
+            runs = [
+                slice(at, min(at + most, end)) for at in range(num_keys - 1 - newest, end, most)
+            ]
+            blocks.append(_Block(slice(start, stop), runs, position - (num_keys - 1)))
+        return blocks
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Pairs of blocks that are computed at once.
+class _Block:
+    """A block of queries, and the keys that it meets.
 
     Attributes:
-        back: how many blocks the keys lie before the queries.
-        tile: factors of each pair, (G, L, L).
-        query_blocks: which of N.
-        key_blocks: which of M.
-        queries: which of N R.
-        keys: which of M R.
+        queries: which queries.
+        runs: of reversed keys, each as long as makes a tile.
+        nearest: distance from the first of the queries to reversed key 0.
     """
 
-    back: int
-    tile: torch.Tensor
-    query_blocks: slice
-    key_blocks: slice
     queries: slice
-    keys: slice
+    runs: list[slice]
+    nearest: int
 
 
-def _parts(inputs: _Inputs, call: TiledCall) -> Iterator[_Part]:
-    """Cuts a call into parts: rows are taken together as long as their tiles fit."""
-    dtype = torch.promote_types(inputs.q.dtype, torch.float32)
-    num_rows, _, num_queries, _ = inputs.q.shape
-    num_keys = inputs.k.size(2)
-    for group in call.groups:
-        block = group.block
-        ahead, front = divmod(call.shift, block)
-        most_rows = max(1, _MOST_SCORES // (len(group.heads) * block**2))
-        factors = inputs.distances.terms[group.which].detach().to(dtype).exp()
-        for start in range(0, num_rows, most_rows):
-            stop = min(start + most_rows, num_rows)
-            layout = _Layout(
-                slice(start, stop),
-                group,
-                (stop - start) * len(group.heads),
-                front,
-                -(-(front + num_queries) // block),
-                -(-num_keys // block),
-                (num_keys - 1) % block + 1,
-                ahead,
-                dtype,
-            )
-            yield _part(inputs, call.scale, layout, factors)
+class _Panel:
+    """One row of a group of heads.
+
+    Attributes:
+        which: row and heads, an index of (B, H, ...).
+        blocks: what there is to compute.
+        q: (G, T, K).
+        k: (G, S, K), the last key first.
+        v: (G, S, K), the last value first.
+    """
+
+    def __init__(self, sheet: _Sheet, row: int, heads: slice, blocks: list[_Block]) -> None:
+        self.which = row, heads
+        self.blocks = blocks
+        self.q, self.k, self.v = (x[self.which] for x in (sheet.q, sheet.k, sheet.v))
+        self._scale = sheet.call.scale * _LOG2_E
+        self._factors = sheet.factors[heads]  # (G, D)
+        self._start = self._factors.storage_offset() - sheet.first  # of the factor of distance 0
+        self._reference = None if sheet.reference is None else sheet.reference[self.which]
+        self._labels = None
+        if sheet.query_labels is not None and sheet.key_labels is not None:
+            mine, theirs = sheet.query_labels, sheet.key_labels
+            self._labels = mine[row % len(mine)], theirs[row % len(theirs)]  # (T, 1), (1, S)
+
+    def weights(
+        self, q: torch.Tensor, block: _Block, run: slice, room: torch.Tensor
+    ) -> torch.Tensor:
+        """Computes exp(score + term - reference) of a tile, (G, L, n), in a tensor of that size."""
+        torch.baddbmm(room, q, self.k[:, run].transpose(1, 2), beta=0, alpha=self._scale, out=room)
+        if self._reference is not None:
+            room.sub_(self._reference[:, block.queries])
+        room.exp2_()
+        # Query i of the block and key r of the run are i + r and a constant apart.
+        start = self._start + block.nearest + run.start
+        room.mul_(self._factors.as_strided(room.shape, (self._factors.stride(0), 1, 1), start))
+        if self._labels is not None:
+            mine, theirs = self._labels
+            room.mul_((mine[block.queries] == theirs[:, run]).to(room.dtype))
+        return room
 
 
-def _part(inputs: _Inputs, scale: float, layout: _Layout, factors: torch.Tensor) -> _Part:
-    reference = query_labels = key_labels = None
-    if inputs.reference is not None:
-        reference = layout.queries(inputs.reference.unsqueeze(-1)).mul_(_LOG2_E)
-    if inputs.query_labels is not None and inputs.key_labels is not None:
-        query_labels = layout.labels(
-            inputs.query_labels, layout.front, layout.num_query_blocks, -1.0
-        )[:, :, None, :, None]
-        key_labels = layout.labels(inputs.key_labels, 0, layout.num_key_blocks, -2.0)
-        key_labels = key_labels[:, :, None, None, :]
-    return _Part(
-        layout,
-        layout.queries(inputs.q).mul_(scale * _LOG2_E),
-        layout.keys(inputs.k),
-        layout.keys(inputs.v),
-        factors,
-        inputs.distances.first,
-        reference,
-        query_labels,
-        key_labels,
-    )
+class _Room:
+    """Memory for one tile, used again and again."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._memory = like.new_empty(MOST_SCORES)
+
+    def tile(self, q: torch.Tensor, run: slice) -> torch.Tensor:
+        """Returns an empty (G, L, n) for queries (G, L, K)."""
+        shape = len(q), q.size(1), run.stop - run.start
+        size = math.prod(shape)
+        if size > len(self._memory):
+            self._memory = q.new_empty(size)
+        return self._memory[:size].view(shape)
 
 
-def _forward(part: _Part, mask: DropMask) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the output (N R, L, K) and the sum of each query's weights (N R, L, 1)."""
-    out, total = torch.zeros_like(part.q), torch.zeros_like(part.q[..., :1])
-    room = part.room()
-    for batch in part.batches():
-        w = part.weights(batch, room)
-        total[batch.queries] += w.sum(-1, keepdim=True)
-        if mask.rate > 0:
-            w.mul_(mask.draw(w))
-        out[batch.queries].baddbmm_(w, part.v[batch.keys])
-    return out.mul_(mask.scale / total.where(total > 0, 1.0)), total
+def _forward(sheet: _Sheet) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the output (B, H, T, K) and the sums of the queries' weights (B, H, T, 1)."""
+    rows, heads, length, width = sheet.q.shape
+    # In the order in which the layers read it, (B, T, H, K).
+    out = sheet.q.new_empty(rows, length, heads, width).transpose(1, 2)
+    total = sheet.q.new_empty(rows, heads, length, 1)
+    room, mask = _Room(sheet.q), DropMask(sheet.call.drop_rate, sheet.call.seed)
+    for panel in sheet.panels():
+        panel_out, panel_total = out[panel.which], total[panel.which]
+        for block in panel.blocks:
+            o, sums = panel_out[:, block.queries], panel_total[:, block.queries]
+            if not block.runs:
+                o.zero_()
+                sums.zero_()
+                continue
+            q = panel.q[:, block.queries]
+            for run in block.runs:
+                w = panel.weights(q, block, run, room.tile(q, run))
+                if run is block.runs[0]:
+                    torch.sum(w, -1, keepdim=True, out=sums)
+                else:
+                    sums += w.sum(-1, keepdim=True)
+                if mask.rate > 0:
+                    w.mul_(mask.draw(w))
+                o.baddbmm_(w, panel.v[:, run], beta=int(run is not block.runs[0]))
+    share = total.where(total > 0, torch.inf).reciprocal_()
+    return out.mul_(share.mul_(mask.scale)), total
 
 
 def _backward(
-    part: _Part,
-    mask: DropMask,
-    given: torch.Tensor,
-    pulled: torch.Tensor,
+    sheet: _Sheet,
+    out_grad: torch.Tensor,
+    pull: torch.Tensor,
+    share: torch.Tensor,
     term_grad: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients of q, k (times log2(e)) and v, in blocks; adds to that of the terms.
+    """Returns the gradients of q, k and v; adds to that of the terms.
 
     Args:
-        part: what was computed.
-        mask: in the state in which the forward pass had it at this part.
-        given: gradient of the output over the sum of weights, (N R, L, K).
-        pulled: what all keys of a query have in common, over the sum of weights, (N R, L, 1).
+        sheet: what was computed.
+        out_grad: (B, H, T, K).
+        pull: what all keys of a query have in common, over the sum of weights, (B, H, T, 1).
+        share: 1 over the sum of weights, 0 where nothing is seen, (B, H, T, 1).
         term_grad: (H, D), or None.
     """
-    dq, dk, dv = (torch.zeros_like(each) for each in (part.q, part.k, part.v))
-    room, other = part.room(), part.room()
-    for batch in part.batches():
-        mine, keys = batch.queries, batch.keys
-        w, do = part.weights(batch, room), given[mine]
-        ds = torch.bmm(do, part.v[keys].transpose(1, 2), out=other[: len(w)])
-        if mask.rate > 0:
-            kept = mask.draw(w).mul_(w)
-            dv[keys].baddbmm_(kept.transpose(1, 2), do)
-            ds.mul_(kept).addcmul_(w, pulled[mine], value=-1)
-        else:
-            dv[keys].baddbmm_(w.transpose(1, 2), do)
-            ds.sub_(pulled[mine]).mul_(w)
-        dq[mine].baddbmm_(ds, part.k[keys])
-        dk[keys].baddbmm_(ds.transpose(1, 2), part.q[mine])
-        if term_grad is not None:
-            _add_diagonals(term_grad, ds, part, batch)
-    return dq, dk, dv
+    scale = sheet.call.scale
+    dq, dk, dv = torch.zeros_like(sheet.q), torch.zeros_like(sheet.k), torch.zeros_like(sheet.v)
+    room, other, mask = (
+        _Room(sheet.q),
+        _Room(sheet.q),
+        DropMask(sheet.call.drop_rate, sheet.call.seed),
+    )
+    given = out_grad * (share * mask.scale)
+    for panel in sheet.panels():
+        mine = [x[panel.which] for x in (given, pull, dq)]
+        panel_dk, panel_dv = dk[panel.which], dv[panel.which]
+        for block in panel.blocks:
+            q = panel.q[:, block.queries]
+            do, pulled, block_dq = (x[:, block.queries] for x in mine)
+            for run in block.runs:
+                w = panel.weights(q, block, run, room.tile(q, run))
+                ds = torch.bmm(do, panel.v[:, run].transpose(1, 2), out=other.tile(q, run))
+                if mask.rate > 0:
+                    kept = mask.draw(w).mul_(w)
+                    ds.mul_(kept).addcmul_(w, pulled, value=-1)
+                else:
+                    kept = w
+                    ds.sub_(pulled).mul_(w)
+                panel_dv[:, run].baddbmm_(kept.transpose(1, 2), do)
+                panel_dk[:, run].baddbmm_(ds.transpose(1, 2), q, alpha=scale)
+                block_dq.baddbmm_(ds, panel.k[:, run], alpha=scale)
+                if term_grad is not None:
+                    start = block.nearest + run.start - sheet.first
+                    _add_diagonals(term_grad[panel.which[1]], ds, start)
+    # Into memory that is at hand: what is fresh has to be cleared by the system.
+    torch.index_select(dk, 2, sheet.backwards, out=sheet.k)
+    torch.index_select(dv, 2, sheet.backwards, out=sheet.v)
+    return dq, sheet.k, sheet.v
 
 
-def _add_diagonals(term_grad: torch.Tensor, ds: torch.Tensor, part: _Part, batch: _Batch) -> None:
-    """Adds up the gradients of scores (n R, L, L) by distance, into (H, D)."""
-    group, heads = part.layout.group, len(part.factors)
-    block = group.block
-    tile = ds.view(-1, heads, block, block).sum(0).flip(-1)  # (G, L, L)
+def _add_diagonals(term_grad: torch.Tensor, ds: torch.Tensor, start: int) -> None:
+    """Adds up the gradients of scores (G, L, n) by distance, into (G, D) from `start` on."""
+    heads, length, keys = ds.shape
+    end = length + keys - 1
     # Each row is put one further to the right than the one before; then columns are distances.
-    skewed = torch.nn.functional.pad(tile, (0, block)).flatten(1)[:, : block * (2 * block - 1)]
-    by_distance = skewed.view(heads, block, 2 * block - 1).sum(1)  # (G, 2 L - 1)
-    start = batch.back * block - (block - 1) - part.first
-    index = torch.tensor(group.heads)[:, None], torch.arange(start, start + 2 * block - 1)
-    term_grad.index_put_(index, by_distance.to(term_grad.dtype), accumulate=True)
+    skewed = torch.nn.functional.pad(ds, (0, length)).flatten(1)[:, : length * end]
+    by_distance = skewed.view(heads, length, end).sum(1)  # (G, L + n - 1)
+    term_grad[:, start : start + end] += by_distance.to(term_grad.dtype)

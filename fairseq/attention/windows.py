@@ -136,21 +136,24 @@ def measure_scores(
         scale: factor of the scores.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    size, own = (q.new_empty(q.shape[:-1], dtype=dtype) for _ in range(2))  # (B, H, T)
-    key_size, value = (q.new_zeros(q.size(1), dtype=dtype) for _ in range(2))  # (H,)
-    for start in range(0, q.size(2), _CHUNK):  # so that no large tensor comes and goes
-        columns = slice(start, start + _CHUNK)
-        mine = q[:, :, columns]
-        theirs = k[:, :, shift + start : shift + start + mine.size(2)]
-        size[:, :, columns] = torch.linalg.vector_norm(mine, dim=-1, dtype=dtype)
-        own[:, :, columns] = (mine * theirs).sum(-1, dtype=dtype)
-    for start in range(0, k.size(2), _CHUNK):
-        columns = slice(start, start + _CHUNK)
-        norms = torch.linalg.vector_norm(k[:, :, columns], dim=-1, dtype=dtype)
-        key_size = torch.maximum(key_size, norms.amax((0, 2)))
-        value = torch.maximum(value, v[:, :, columns].abs().amax((0, 2, 3)))
-    highest = size * (key_size * abs(scale)).view(-1, 1)
-    return Scores(highest, highest - own * scale, value)
+    rows, heads, num_queries, _ = q.shape
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, K), which is how they often lie
+    size, own = q.new_empty(2, rows, num_queries, heads, dtype=dtype)
+    key_size, value = q.new_zeros(2, heads, dtype=dtype)
+    for start in range(0, num_queries, _CHUNK):  # so that no large tensor comes and goes
+        mine = q[:, start : start + _CHUNK]
+        theirs = k[:, shift + start : shift + start + mine.size(1)]
+        size[:, start : start + _CHUNK] = torch.linalg.vector_norm(mine, dim=-1, dtype=dtype)
+        own[:, start : start + _CHUNK] = (mine * theirs).sum(-1, dtype=dtype)
+    for start in range(0, k.size(1), _CHUNK):
+        norms = torch.linalg.vector_norm(k[:, start : start + _CHUNK], dim=-1, dtype=dtype)
+        key_size = torch.maximum(key_size, norms.amax((0, 1)))
+        values = v[:, start : start + _CHUNK]
+        value = torch.maximum(
+            value, torch.maximum(values.amax((0, 1)), -values.amin((0, 1))).amax(-1)
+        )
+    highest = size.mul_(key_size * abs(scale)).transpose(1, 2)
+    return Scores(highest, highest - own.mul_(scale).transpose(1, 2), value)
 
 
 @torch.no_grad()
@@ -178,41 +181,42 @@ def find_windows(
         may_average: whether queries see all keys before them and none after, so that the second
             bound holds.
     """
-    budget = tolerance / (2 * scores.largest_value.clamp(min=1e-30))  # eps, (H,)
-    has_two_sides = torch.isfinite(slopes.left) & torch.isfinite(slopes.right)
-    budget = torch.where(has_two_sides, budget / 2, budget)
-    gap = scores.gaps.amax((0, 2))  # (H,)
-    left = _steps(gap, slopes.left, budget)
-    if may_average:
-        for head, (steps, slope) in enumerate(
-            zip(left.tolist(), slopes.left.tolist(), strict=True)
-        ):
-            if _MANY_KEYS < steps < math.inf:
-                better = _gap_of_averages(q, k, scores, head, shift, slope, scale)
-                gap[head] = torch.minimum(gap[head], better)
-        left = _steps(gap, slopes.left, budget)
-    right = _steps(gap, slopes.right, budget)
-    lost = _tail(gap, slopes.left, left) + _tail(gap, slopes.right, right)
     most = shift + q.size(2) + k.size(2)
-    return Windows(
-        left.clamp(max=most).long(),
-        right.clamp(max=most).long(),
-        2 * scores.largest_value * lost,
-        scores,
-    )
+    found = []
+    for head, (gap, value, left, right) in enumerate(
+        zip(
+            scores.gaps.amax((0, 2)).tolist(),
+            scores.largest_value.tolist(),
+            slopes.left.tolist(),
+            slopes.right.tolist(),
+            strict=True,
+        )
+    ):
+        num_sides = max(1, math.isfinite(left) + math.isfinite(right))
+        budget = tolerance / (2 * max(value, 1e-30) * num_sides)  # eps of a side
+        if may_average and _MANY_KEYS < _steps(gap, left, budget) < math.inf:
+            gap = min(gap, float(_gap_of_averages(q, k, scores, head, shift, left, scale)))
+        pairs = [(slope, _steps(gap, slope, budget)) for slope in (left, right)]
+        lost = sum(_tail(gap, slope, steps) for slope, steps in pairs)
+        found.append((*(min(steps, most) for _, steps in pairs), 2 * value * lost))
+    left, right, error = zip(*found, strict=True)
+    return Windows(torch.tensor(left), torch.tensor(right), torch.tensor(error), scores)
 
 
-def _steps(gap: torch.Tensor, slope: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
-    """Returns the fewest steps beyond which less than the budget lies, (H,)."""
-    needed = (gap - budget.log() - torch.log(-torch.expm1(-slope))) / slope
-    steps = needed.ceil().sub_(1).clamp_(min=0)
-    return steps.where(slope > 0, torch.inf).where(slope < torch.inf, 0.0)
+def _steps(gap: float, slope: float, budget: float) -> float:
+    """Returns the fewest steps beyond which less than the budget lies."""
+    if not 0 < slope < math.inf:
+        return 0 if slope > 0 else math.inf
+    needed = (gap - math.log(budget) - math.log(-math.expm1(-slope))) / slope
+    return max(0, math.ceil(needed) - 1) if needed < math.inf else math.inf
 
 
-def _tail(gap: torch.Tensor, slope: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Returns the largest share of weight beyond so many steps, (H,)."""
-    tail = torch.exp(gap - slope * (steps + 1)) / -torch.expm1(-slope)
-    return tail.where((slope > 0) & (slope < torch.inf), 0.0)
+def _tail(gap: float, slope: float, steps: float) -> float:
+    """Returns the largest share of weight beyond so many steps."""
+    if not 0 < slope < math.inf:
+        return 0.0
+    exponent = min(gap - slope * (steps + 1), 700.0)
+    return math.exp(exponent) / -math.expm1(-slope)
 
 
 def _gap_of_averages(

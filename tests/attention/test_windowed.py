@@ -253,7 +253,7 @@ def test_the_derivatives_are_those_of_the_formula():
     terms = torch.randn(2, 40, generator=generator, dtype=torch.float64)
     terms[:, :20] = -torch.inf  # keys after the query
     terms.requires_grad_()
-    call = TiledCall((HeadGroup((0, 1), 4, 0, 3),), 3, 0.7)
+    call = TiledCall((HeadGroup(slice(0, 2), 4, 12, 0),), 3, 0.7)
     assert torch.autograd.gradcheck(
         lambda q, k, v, terms: tiled_attention(q, k, v, Distances(terms, -20), call),
         (q, k, v, terms),
@@ -323,13 +323,14 @@ def test_dropout_drops_the_same_weights_in_the_backward_pass():
     others = twins(tensors)
     q, k, _ = (each.detach() for each in tensors)
     unit = torch.eye(length).expand(1, 2, length, length)
-    # Wider values would change windows, so weights are shown in pieces as wide as the values are.
+    # Wider or larger values would change windows, so weights are shown in pieces like them.
+    largest = tensors[2].detach().abs().amax((0, 2, 3)).view(-1, 1, 1)
     shown = []
     for start in range(0, length, 16):
         torch.manual_seed(5)
         piece = torch.nn.functional.pad(unit[..., start : start + 16], (0, 0))
         wide = torch.nn.functional.pad(piece, (0, 16 - piece.size(-1)))
-        shown.append(attend(q, k, wide, prepared, dropout_p=rate)[..., : piece.size(-1)])
+        shown.append(attend(q, k, wide * largest, prepared, dropout_p=rate)[..., : piece.size(-1)])
     kept = torch.cat(shown, -1) > 0  # far keys of steep heads count as dropped: they weigh nothing
     torch.manual_seed(5)
     out = attend(*tensors, prepared, dropout_p=rate)

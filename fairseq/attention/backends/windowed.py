@@ -15,6 +15,7 @@ from fairseq.attention.backends.reference import ReferenceBackend
 from fairseq.attention.backends.request import Request
 from fairseq.attention.backends.sdpa import SdpaBackend
 from fairseq.attention.bias import Slopes
+from fairseq.attention.head_groups import group_heads
 from fairseq.attention.mask import join
 from fairseq.attention.random_bits import new_seed
 from fairseq.attention.tiles import Distances, HeadGroup, TiledCall, tiled_attention
@@ -24,9 +25,6 @@ __all__ = ["WindowedBackend", "WindowedPrepared"]
 
 logger = logging.getLogger(__name__)
 
-_BLOCKS = ((128, 64), (2048, 128))
-"""Windows up to so many keys are computed in blocks of that length."""
-_LONGEST_BLOCK = 256
 _SMALL_SCORES = 20.0
 """Up to here exponentials of scores need no reference: exp(20) * exp(-60) is a normal number."""
 _LARGEST_GAP = 60.0
@@ -202,22 +200,19 @@ class WindowedBackend(AttentionBackend):
             return self._kept[1]
         bias, rule = request.bias_and_rule
         nearest, furthest = shift - num_keys + 1, shift + num_queries - 1
-        margin = 2 * _LONGEST_BLOCK  # blocks go beyond the ends, where there is nothing to see
-        first = nearest - margin
         with torch.inference_mode(mode=False):
             terms = join(bias, rule, range(nearest, furthest + 1), range(1), dtype=torch.float32)[
                 ..., 0
             ].expand(bias.num_heads, -1)  # (H, D)
-            terms = torch.nn.functional.pad(terms, (margin, margin), value=-torch.inf)
         fixed = terms.detach()
-        inside = torch.isfinite(fixed[:, nearest - first : furthest - first + 1])
+        inside = torch.isfinite(fixed)
         steps = torch.arange(nearest, furthest + 1)
         reach = [
             (max(0, int(mine.max())), max(0, -int(mine.min())))
             for mine in (steps[is_seen] for is_seen in inside)
         ]
-        is_tame = bool(fixed.max() <= _SMALL_SCORES and fixed[:, -first].min() >= -_SMALL_SCORES)
-        made = Distances(terms, first), reach, is_tame
+        is_tame = bool(fixed.max() <= _SMALL_SCORES and fixed[:, -nearest].min() >= -_SMALL_SCORES)
+        made = Distances(terms, nearest), reach, is_tame
         self._kept = None if bias.is_learned else (wanted, made)
         return made
 
@@ -253,20 +248,10 @@ def _slopes(request: Request, reach: list[tuple[int, int]]) -> Slopes | None:
 
 
 def _groups(windows: Windows | None, prepared: WindowedPrepared) -> tuple[HeadGroup, ...]:
-    """Puts heads together that are cut into the same blocks and look equally many blocks far."""
-    groups: dict[tuple[int, int, int], list[int]] = {}
-    for head, (back, ahead) in enumerate(prepared.reach):
-        if windows is not None:
-            back = min(back, int(windows.left[head]))
-            ahead = min(ahead, int(windows.right[head]))
-        block = _block(max(back, ahead))
-        blocks = (block, -(-ahead // block), -(-back // block))
-        groups.setdefault(blocks, []).append(head)
-    return tuple(
-        HeadGroup(tuple(heads), block, -ahead, back)
-        for (block, ahead, back), heads in groups.items()
-    )
-
-
-def _block(window: int) -> int:
-    return next((block for most, block in _BLOCKS if window <= most), _LONGEST_BLOCK)
+    """Returns which heads are computed together, none further than its window and its rule."""
+    back, ahead = ([each[side] for each in prepared.reach] for side in range(2))
+    if windows is not None:
+        back = [min(each) for each in zip(back, windows.left.tolist(), strict=True)]
+        ahead = [min(each) for each in zip(ahead, windows.right.tolist(), strict=True)]
+    request = prepared.request
+    return group_heads(back, ahead, len(request.query_positions), len(request.key_positions))
