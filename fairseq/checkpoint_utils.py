@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from fairseq.checkpoint import format as layout
+from fairseq.checkpoint.index import is_index, remove_unused
 from fairseq.checkpoint.position_method import PositionMethod, position_method_of
-from fairseq.checkpoint.reading import read_checkpoint
+from fairseq.checkpoint.reading import read_checkpoint, read_index
 from fairseq.checkpoint.retention import (
     checkpoint_names,
     checkpoint_paths,
@@ -30,6 +31,7 @@ from fairseq.checkpoint.writing import (
 from fairseq.dataclass.arguments import literal_dict
 from fairseq.dataclass.configs import CheckpointConfig, FairseqConfig
 from fairseq.dataclass.legacy import apply_overrides, config_from_dict, namespace_to_config
+from fairseq.distributed import utils as distributed_utils
 from fairseq.models.upgrade import prune_layers as prune_state_dict
 from fairseq.positions import PositionConfig, find_method, foreign_settings
 from fairseq.positions.alibi_slopes import SLOPE_RULE
@@ -43,6 +45,7 @@ __all__ = [
     "load_ema_from_checkpoint",
     "load_model_ensemble",
     "load_model_ensemble_and_task",
+    "make_last_whole",
     "prune_state_dict",
     "save_checkpoint",
     "torch_persistent_save",
@@ -77,7 +80,8 @@ def save_checkpoint(
     if cfg.no_save:
         return
     trainer.consolidate_optimizer()
-    if not trainer.should_save_checkpoint_on_current_rank:
+    in_parts = getattr(trainer, "saves_in_parts", False)
+    if not (trainer.should_save_checkpoint_on_current_rank or in_parts):
         if getattr(trainer, "always_call_state_dict_during_save_checkpoint", False):
             trainer.state_dict()
         return
@@ -95,6 +99,11 @@ def save_checkpoint(
         best=best,
         suffix=suffix,
     )
+    if in_parts:
+        # All write or none does; figures might differ in their last digit.
+        names = distributed_utils.broadcast_object(
+            names, 0, distributed_utils.get_global_group(), trainer.device
+        )
     if not names:
         return
     Path(cfg.save_dir).mkdir(parents=True, exist_ok=True)
@@ -103,12 +112,16 @@ def save_checkpoint(
     if best is not None:
         extra_state["best"] = best
     trainer.save_checkpoint(files[0], layout.to_plain(extra_state))
+    if not trainer.should_save_checkpoint_on_current_rank:
+        return
 
     def name_and_prune() -> None:
         for file in files[1:]:
             copy_atomically(files[0], file)
         for outdated in outdated_checkpoints(cfg, end_of_epoch=end_of_epoch, suffix=suffix):
             Path(outdated).unlink(missing_ok=True)
+        if in_parts:
+            remove_unused(cfg.save_dir)
 
     if cfg.write_checkpoints_asynchronously:
         _background.submit(name_and_prune)
@@ -141,6 +154,22 @@ def torch_persistent_save(
 def finish_writing() -> None:
     """Waits until all checkpoints are on the disk; raises what writing them failed with."""
     _background.wait()
+
+
+def make_last_whole(cfg: CheckpointConfig, trainer: Any) -> None:
+    """Makes one file of the last checkpoint, if it was written in parts.
+
+    Args:
+        cfg: where it is.
+        trainer: says who writes files, and whether in parts.
+    """
+    if cfg.no_save or not (trainer.saves_in_parts and trainer.is_data_parallel_master):
+        return
+    path = os.path.join(cfg.save_dir, f"checkpoint_last{trainer.checkpoint_suffix}.pt")
+    if os.path.exists(path) and is_index(read_index(path)):
+        logger.info(f"Making one file of {path}")
+        save_atomically(read_checkpoint(path), path)
+        remove_unused(cfg.save_dir)
 
 
 def verify_checkpoint_directory(save_dir: str | os.PathLike[str]) -> None:
@@ -254,7 +283,8 @@ def _file_to_restore(cfg: CheckpointConfig, suffix: str) -> tuple[str, Checkpoin
 
 def _check_fits(path: str, trainer: Any, *, is_resume: bool) -> None:
     """Compares what a file says of its model with this run, before anything is loaded."""
-    state = read_checkpoint(path, memory_map=True, check=False)
+    # Sizes are enough of what lies in parts.
+    state = read_checkpoint(path, memory_map=True, check=False, place=lambda keys, like: like)
     dictionary = getattr(getattr(trainer, "task", None), "source_dictionary", None)
     if dictionary is not None:
         check_dictionary(state, dictionary, path)

@@ -161,6 +161,11 @@ class Trainer:
     def checkpoint_suffix(self) -> str:
         """What `--checkpoint-suffix` adds to the names of files."""
         return self.cfg.checkpoint.checkpoint_suffix or ""
+    @property
+    def saves_in_parts(self) -> bool:
+        """Whether every worker writes its parts of a checkpoint (`--use-sharded-state`)."""
+        return bool(self.cfg.distributed_training.use_sharded_state)
+
 
     @property
     def must_stop(self) -> bool:
@@ -191,6 +196,11 @@ class Trainer:
             raise ValueError(
                 "--tensor-parallel-size with half precision needs float32 shards; add "
                 "--data-parallel fsdp2 (and processes for it), or leave out --fp16 and --bf16"
+        if self.saves_in_parts and self.cfg.checkpoint.write_checkpoints_asynchronously:
+            raise ValueError(
+                "--use-sharded-state has all processes write at once, so it does not go with "
+                "--write-checkpoints-asynchronously; leave out one of them"
+            )
             )
 
     def _compile(self) -> None:
@@ -328,7 +338,7 @@ class Trainer:
 
     def consolidate_optimizer(self) -> None:
         """Puts sharded parameters and optimizer state together; every worker must call it."""
-        if self.is_cut:
+        if self.is_cut and not self.saves_in_parts:
             self._gathered = trainer_state.gather(self)
 
     def state_dict(self) -> dict[str, Any]:
@@ -336,7 +346,7 @@ class Trainer:
         return trainer_state.checkpoint_content(self, self._gathered)
 
     def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> None:
-        """Writes a checkpoint.
+        """Writes a checkpoint; under `--use-sharded-state` every worker must call it.
 
         Args:
             filename: path of the file.
@@ -345,7 +355,9 @@ class Trainer:
         logger.info(f"Saving checkpoint to {filename}")
         state = self.state_dict()
         state["extra_state"].update(extra_state)
-        if self.should_save_checkpoint_on_current_rank:
+        if self.saves_in_parts:
+            trainer_state.save_in_parts(self, state, filename)
+        elif self.should_save_checkpoint_on_current_rank:
             checkpoint_utils.torch_persistent_save(
                 state, filename, async_write=self.cfg.checkpoint.write_checkpoints_asynchronously
             )

@@ -11,15 +11,20 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.distributed.tensor import DTensor
+
 from fairseq import checkpoint_utils
 from fairseq.checkpoint.format import ALIBI_KEY, pack
+from fairseq.checkpoint.index import Place, is_index, write_in_parts
+from fairseq.checkpoint.reading import read_checkpoint, read_index
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import meters, metrics
 
 if TYPE_CHECKING:
     from fairseq.trainer import Trainer
 
-__all__ = ["checkpoint_content", "gather", "restore"]
+__all__ = ["checkpoint_content", "gather", "restore", "save_in_parts"]
 
 # The trainer's own name: its log lines have always come from there.
 logger = logging.getLogger("fairseq.trainer")
@@ -49,9 +54,10 @@ def checkpoint_content(trainer: Trainer, gathered: State | None = None) -> State
 
     Args:
         trainer: its state is not copied: write the result before training goes on.
-        gathered: what `gather` returned; needed if the model is sharded.
+        gathered: what `gather` returned; needed if the model is sharded, unless it is saved in
+            parts.
     """
-    if trainer.is_cut and gathered is None:
+    if trainer.is_cut and gathered is None and not trainer.saves_in_parts:
         gathered = gather(trainer)
     parts = gathered or {}
     criterion_state = trainer.get_criterion().state_dict()
@@ -68,6 +74,20 @@ def checkpoint_content(trainer: Trainer, gathered: State | None = None) -> State
         optimizer_state=optimizer_state,
         alibi=_exact_half_precision(trainer),
         dictionary=getattr(trainer.task, "source_dictionary", None),
+    )
+
+
+def save_in_parts(trainer: Trainer, state: State, filename: str) -> None:
+    """Has every worker write its parts of a checkpoint; see `write_in_parts`."""
+    epoch = state["extra_state"]["train_iterator"]["epoch"]
+    stem = f"checkpoint_{epoch}_{trainer.get_num_updates()}{trainer.checkpoint_suffix}"
+    group = distributed_utils.get_global_group()
+    write_in_parts(
+        state,
+        filename,
+        stem=stem,
+        is_master=trainer.is_data_parallel_master,
+        agree=lambda value: distributed_utils.broadcast_object(value, 0, group, trainer.device),
     )
 
 
@@ -142,9 +162,13 @@ def restore(
 def _read(trainer: Trainer, filename: str) -> State | None:
     """Returns the file's content on every worker; None if there is no such file.
 
-    Rank 0 reads and sends it to the others, which need not see the same disk.
+    Rank 0 reads and sends it to the others, which need not see the same disk. Of a checkpoint in
+    parts every worker reads what it needs.
     """
     group = distributed_utils.get_global_group()
+    if _is_in_parts(trainer, filename):
+        content = read_checkpoint(filename, place=_places(trainer))
+        return {k: v for k, v in content.items() if k not in ("args", "cfg")}
     if trainer.cfg.checkpoint.load_checkpoint_on_all_dp_ranks:
         group = None
     reads = group is None or trainer.is_data_parallel_master
@@ -155,6 +179,33 @@ def _read(trainer: Trainer, filename: str) -> State | None:
         return state
     parts = None if state is None else {k: v for k, v in state.items() if k not in ("args", "cfg")}
     return distributed_utils.broadcast_object(parts, 0, group, trainer.device)
+
+
+def _is_in_parts(trainer: Trainer, filename: str) -> bool:
+    """Tells whether a file's tensors lie in a folder beside it, on every worker alike."""
+    found = False
+    if trainer.is_data_parallel_master and os.path.isfile(filename):
+        found = is_index(read_index(filename))
+    group = distributed_utils.get_global_group()
+    return bool(distributed_utils.broadcast_object(found, 0, group, trainer.device))
+
+
+def _places(trainer: Trainer) -> Place:
+    """Returns what makes places for this worker's part of weights and optimizer state."""
+    params = list(trainer.optimizer.params) if trainer.is_cut else []
+    own = trainer.get_model().state_dict()
+
+    def place(keys: tuple[Any, ...], like: torch.Tensor) -> torch.Tensor | None:
+        mine = None
+        if keys[0] == "model":
+            mine = own.get(keys[1])
+        elif keys[:2] == ("last_optimizer_state", "state") and int(keys[2]) < len(params):
+            mine = params[int(keys[2])]
+        if not isinstance(mine, DTensor) or mine.shape != like.shape:
+            return None
+        return torch.zeros_like(mine.detach(), dtype=like.dtype)
+
+    return place
 
 
 def _load_model(trainer: Trainer, state: State, filename: str) -> None:

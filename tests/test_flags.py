@@ -119,6 +119,7 @@ DISTRIBUTED = """
 --sequence-parallel-size 3
 --sequence-parallel-attention ring
 --sequence-parallel-layout zigzag
+--use-sharded-state
 """
 DISTRIBUTED_REFUSED = """
 --ddp-backend slow_mo
@@ -137,7 +138,6 @@ DISTRIBUTED_REFUSED = """
 --pipeline-decoder-devices x
 --pipeline-checkpoint always
 --zero-sharding os
---use-sharded-state
 --not-fsdp-flatten-parameters
 """
 OPTIMIZATION = """

@@ -11,6 +11,7 @@ own. What the original does not know stands under the one further key `alibi`:
 | train_length | tokens per sample the model was trained on last |
 | dictionary | {size, sha256 of the symbols in order} |
 | extensions | section -> field -> value of settings the original does not have |
+| parts | name of the folder with the large tensors, in checkpoints in parts |
 | anything else | what the trainer adds, such as float32 masters |
 
 Damage is noticed by the checksum that every part of the (zip) file has.
@@ -161,6 +162,8 @@ def to_plain(value: Any) -> Any:
 
 
 def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    if hasattr(tensor, "to_local"):  # a DTensor, of which each process writes its part
+        return tensor.detach()
     dtype = torch.float32 if tensor.dtype in _HALF else tensor.dtype
     plain = tensor.detach().to(device="cpu", dtype=dtype)
     # A view would take the whole storage it looks into along into the file.

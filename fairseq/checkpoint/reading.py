@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import os
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
+from fairseq.checkpoint.index import Place, is_index, join
+from fairseq.checkpoint.records import REMEDY, check_records
 from fairseq.checkpoint.safe_pickle import UnsafeCheckpointError, load_pickled
 
-__all__ = ["read_checkpoint"]
+__all__ = ["read_checkpoint", "read_index"]
 
-_REMEDY = "copy it anew from where it came, or use an earlier checkpoint"
 _ZIP_MAGIC = b"PK\x03\x04"
-# What zipfile raises: names that are no UTF-8 and parts that claim to be encrypted among them.
-_DAMAGED_ZIP = (
-    *(zipfile.BadZipFile, struct.error, UnicodeDecodeError, NotImplementedError),
-    *(RuntimeError, EOFError, OSError),
-)
 # What torch before 1.6 starts its files with: a pickle of one long number.
 _OLD_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str], *, memory_map: bool = False, check: bool = True
+    path: str | os.PathLike[str],
+    *,
+    memory_map: bool = False,
+    check: bool = True,
+    place: Place | None = None,
 ) -> dict[str, Any]:
     """Reads a checkpoint file to the CPU without running anything that is in it.
 
@@ -34,15 +33,25 @@ def read_checkpoint(
             while they are.
         check: compare the file's contents with the checksums in it, which costs about 0.4 s for a
             GB. Files of torch before 1.6 have none.
+        place: makes what tensors that lie in parts are read into; None reads them whole.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is empty, truncated, damaged, or no checkpoint, or wants to run code.
     """
+    state = read_index(path, memory_map=memory_map, check=check)
+    return join(state, path, place) if is_index(state) else state
+
+
+def read_index(
+    path: str | os.PathLike[str], *, memory_map: bool = True, check: bool = False
+) -> dict[str, Any]:
+    """Reads the file alone, without the tensors that lie in parts; see `read_checkpoint`."""
     path = Path(path)
     _check_kind(path)
     if zipfile.is_zipfile(path):
-        _check_contents(path, compare=check)
+        with path.open("rb") as stream:
+            check_records(stream, path, compare=check)
     try:
         state = load_pickled(path, memory_map=memory_map)
     except UnsafeCheckpointError:
@@ -52,7 +61,7 @@ def read_checkpoint(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as a checkpoint, it is truncated, damaged or of another kind "
-            f"({reason}); {_REMEDY}"
+            f"({reason}); {REMEDY}"
         ) from error
     if not isinstance(state, dict):
         raise ValueError(
@@ -69,37 +78,10 @@ def _check_kind(path: Path) -> None:
     with path.open("rb") as stream:
         head = stream.read(32)
     if not head:
-        raise ValueError(f"{path} is empty (0 bytes), not a checkpoint; {_REMEDY}")
+        raise ValueError(f"{path} is empty (0 bytes), not a checkpoint; {REMEDY}")
     if head.startswith(_ZIP_MAGIC):
         if not zipfile.is_zipfile(path):
             size = path.stat().st_size
-            raise ValueError(f"{path} is truncated: it ends after {size:,} bytes; {_REMEDY}")
+            raise ValueError(f"{path} is truncated: it ends after {size:,} bytes; {REMEDY}")
     elif _OLD_MAGIC not in head:
-        raise ValueError(f"{path} is no torch file, so no checkpoint; {_REMEDY}")
-
-
-def _check_contents(path: Path, *, compare: bool) -> None:
-    """Looks at the records of a zip file, and compares each with its checksum if asked to.
-
-    torch itself compares none. It writes none compressed, but reads such ones, to any size.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if not any(name.endswith("data.pkl") for name in archive.namelist()):
-                raise ValueError(f"{path} is a zip file, but not one that torch.save wrote")
-            records = archive.infolist()
-            is_larger = sum(record.file_size for record in records) > path.stat().st_size
-            if is_larger or any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise ValueError(
-                    f"{path} claims to hold more than the file has, or holds compressed parts, "
-                    f"which no checkpoint does; {_REMEDY}"
-                )
-            # torch can be told to write no checksums (`set_crc32_options`); all are 0 then.
-            has_checksums = compare and any(record.CRC for record in records)
-            damaged = archive.testzip() if has_checksums else None
-    except _DAMAGED_ZIP as error:
-        raise ValueError(f"{path} is damaged ({error}); {_REMEDY}") from error
-    if damaged is not None:
-        raise ValueError(
-            f"{path} is damaged: the checksum of its part {damaged} does not fit; {_REMEDY}"
-        )
+        raise ValueError(f"{path} is no torch file, so no checkpoint; {REMEDY}")

@@ -21,6 +21,7 @@ __all__ = [
     "copy_atomically",
     "save_atomically",
     "snapshot",
+    "sync_folder",
     "write_atomically",
 ]
 
@@ -52,7 +53,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
         with suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _free_name_beside(path: Path) -> Path:
@@ -136,10 +137,10 @@ def copy_atomically(source: str | os.PathLike[str], target: str | os.PathLike[st
     finally:
         with suppress(OSError):
             temporary.unlink()
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename last, where the system lets folders be synchronised."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -262,9 +262,9 @@ class DistributedTrainingConfig(FairseqDataclass):
     )
     use_sharded_state: bool = _option(
         False,
-        "a file per shard",
+        "each process writes its parts of a checkpoint, into a folder beside a small file, on a "
+        "disk that all see; the last is one whole file at the end of the run",
         extension=True,
-        unsupported="rank 0 writes one whole checkpoint",
     )
     not_fsdp_flatten_parameters: bool = _option(
         False, "no flat parameters", extension=True, unsupported=_FLAT_FSDP

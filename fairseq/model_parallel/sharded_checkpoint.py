@@ -1,30 +1,34 @@
-"""Checkpoints that every process writes its parts of, and that any other layout reads.
+"""Models and their optimizers in a folder that every process writes its parts of.
 
-Written by `torch.distributed.checkpoint`. Nothing is gathered, so neither memory nor time grows
-with the number of processes. Parameters and optimizer state are kept by name, and a part carries
-its place in the whole: tp 2 x dp 2 can go on as tp 4, as FSDP2, or in one process.
+Any other layout reads it. Nothing is gathered, so neither memory nor time grows with the number of
+processes. Parameters and optimizer state are kept by name, and a part carries its place in the
+whole: tp 2 x dp 2 can go on as tp 4, as FSDP2, or in one process. What fairseq-train writes is
+`fairseq/checkpoint/index.py`; both lie on `fairseq/checkpoint/sharded.py`, which runs nothing that
+is in a folder.
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from fairseq.checkpoint.sharded import (
+    StoredTensor,
+    read_tensors,
+    stored_tensors,
+    write_tensors,
+)
+from fairseq.checkpoint.writing import save_atomically
 from fairseq.model_parallel.tensor_parallel import has_reordered_rows
 
 __all__ = ["load_sharded", "save_sharded", "whole_from_sharded"]
 
-_MODEL, _STATE, _GROUPS = "model.", "optimizer.", "param_groups"
+_MODEL, _STATE, _SETTINGS = "model.", "optimizer.", "settings"
 
 
 def save_sharded(
@@ -43,16 +47,18 @@ def save_sharded(
         ValueError: rows of fused weights are in another order in each layout.
     """
     _check_order(model)
-    content: dict[str, Any] = {_MODEL + n: t for n, t in model.state_dict().items()}
+    content: dict[str, torch.Tensor] = {_MODEL + n: t for n, t in model.state_dict().items()}
     if optimizer is not None:
+        numbers: dict[str, Any] = {}
         for name, state in _states(model, optimizer).items():
-            content.update({f"{_STATE}{name}.{key}": value for key, value in state.items()})
-        # As text: a container would be taken apart.
-        content[_GROUPS] = repr(
-            [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        )
-    with _one_process_is_no_surprise():
-        state_dict_saver.save(content, checkpoint_id=folder, no_dist=not _is_distributed())
+            for key, value in state.items():
+                kind = content if isinstance(value, torch.Tensor) else numbers
+                kind[f"{_STATE}{name}.{key}"] = value
+        groups = [
+            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        ]
+        content[_SETTINGS] = _as_tensor({"groups": groups, "numbers": numbers})
+    write_tensors(folder, content)
 
 
 def load_sharded(
@@ -68,26 +74,30 @@ def load_sharded(
         optimizer: of the model's parameters; its state is replaced.
 
     Raises:
-        ValueError: rows of fused weights are in another order in each layout.
+        ValueError: rows of fused weights are in another order in each layout, the model has other
+            parameters, or a file is damaged.
         FileNotFoundError: there is no such checkpoint.
     """
     _check_order(model)
-    stored = _stored(folder)
-    content: dict[str, Any] = {_MODEL + n: t for n, t in model.state_dict().items()}
+    stored = stored_tensors(folder)
+    content: dict[str, torch.Tensor] = {_MODEL + n: t for n, t in model.state_dict().items()}
     if optimizer is not None:
+        if _SETTINGS not in stored:
+            raise ValueError(f"{folder} holds no optimizer; it was saved without one")
         content |= _places_for_state(model, optimizer, stored)
-        content[_GROUPS] = None
-    with _one_process_is_no_surprise():
-        state_dict_loader.load(content, checkpoint_id=folder, no_dist=not _is_distributed())
+        content[_SETTINGS] = _place(stored[_SETTINGS])
+    read_tensors(folder, content)
     model.load_state_dict({n[len(_MODEL) :]: t for n, t in content.items() if n.startswith(_MODEL)})
     if optimizer is not None:
+        settings = _from_tensor(content[_SETTINGS])
+        everything = {**content, **settings["numbers"]}
         for name, param in _named(model, optimizer).items():
             prefix = f"{_STATE}{name}."
-            found = {n[len(prefix) :]: t for n, t in content.items() if n.startswith(prefix)}
-            optimizer.state[param] = found
-        groups = ast.literal_eval(content[_GROUPS])
-        for group, settings in zip(optimizer.param_groups, groups, strict=True):
-            group.update(settings)
+            optimizer.state[param] = {
+                n[len(prefix) :]: t for n, t in everything.items() if n.startswith(prefix)
+            }
+        for group, given in zip(optimizer.param_groups, settings["groups"], strict=True):
+            group.update(given)
 
 
 def whole_from_sharded(folder: str | os.PathLike[str], filename: str) -> None:
@@ -100,23 +110,19 @@ def whole_from_sharded(folder: str | os.PathLike[str], filename: str) -> None:
     Raises:
         FileNotFoundError: there is no such checkpoint.
     """
-    _stored(folder)
-    with _one_process_is_no_surprise():
-        dcp_to_torch_save(folder, filename)
-    content = torch.load(filename, weights_only=False)
-    state = {n[len(_MODEL) :]: t for n, t in content.items() if n.startswith(_MODEL)}
-    torch.save({"model": state}, filename)
+    stored = stored_tensors(folder)
+    state = {n: _place(each) for n, each in stored.items() if n.startswith(_MODEL)}
+    read_tensors(folder, state)
+    save_atomically({"model": {n[len(_MODEL) :]: t for n, t in state.items()}}, filename)
 
 
-@contextlib.contextmanager
-def _one_process_is_no_surprise() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
+def _as_tensor(settings: Any) -> torch.Tensor:
+    """Returns plain values as the bytes of their text."""
+    return torch.frombuffer(bytearray(repr(settings).encode()), dtype=torch.uint8)
 
 
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _from_tensor(text: torch.Tensor) -> Any:
+    return ast.literal_eval(bytes(text.tolist()).decode())
 
 
 def _check_order(model: nn.Module) -> None:
@@ -125,13 +131,6 @@ def _check_order(model: nn.Module) -> None:
             "the policy reorders the rows of fused weights (n_fused with layout 'parts'), in each "
             "layout another way; save whole_state_dict(model) instead"
         )
-
-
-def _stored(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    if not os.path.exists(os.path.join(folder, ".metadata")):
-        raise FileNotFoundError(f"{folder} is no sharded checkpoint: it has no file .metadata")
-    found: dict[str, Any] = filesystem.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return found
 
 
 def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -143,20 +142,22 @@ def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dic
     return {n: optimizer.state[p] for n, p in _named(model, optimizer).items()}
 
 
+def _place(stored: StoredTensor) -> torch.Tensor:
+    return torch.zeros(stored.size, dtype=stored.dtype)
+
+
 def _places_for_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, Any]
-) -> dict[str, Any]:
+    model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, StoredTensor]
+) -> dict[str, torch.Tensor]:
     """Returns empty tensors, cut as their parameters are, for the stored optimizer state."""
-    places: dict[str, Any] = {}
+    places: dict[str, torch.Tensor] = {}
     for name, param in _named(model, optimizer).items():
         prefix = f"{_STATE}{name}."
         for key, kept in stored.items():
             if not key.startswith(prefix):
                 continue
-            if not isinstance(kept, TensorStorageMetadata):
-                places[key] = None
-            elif kept.size == param.shape:
-                places[key] = torch.zeros_like(param.detach(), dtype=kept.properties.dtype)
+            if kept.size == param.shape:
+                places[key] = torch.zeros_like(param.detach(), dtype=kept.dtype)
             else:
-                places[key] = torch.zeros(kept.size, dtype=kept.properties.dtype)
+                places[key] = _place(kept)
     return places

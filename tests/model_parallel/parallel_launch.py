@@ -28,6 +28,8 @@ def launch(world_size: int, cases: dict[str, Callable[[], Any]], folder: Path) -
         cases: picklable functions by name.
         folder: for the findings, `<name>.<rank>.pt`.
     """
+    # One that earlier processes left would be taken for that of these.
+    (folder / f"store.{world_size}").unlink(missing_ok=True)
     arguments = (world_size, cases, str(folder))
     mp.start_processes(_work, arguments, nprocs=world_size, start_method="forkserver")
 
