@@ -22,7 +22,6 @@ __all__ = [
     "build_trainer",
     "first_batch",
     "model_flags",
-    "peak_flops",
     "ratio",
     "report",
     "seconds_of",
@@ -103,8 +102,7 @@ def build_trainer(
     task: Any = tasks.setup_task(cfg.task)
     model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
     trainer = Trainer(cfg, task, model, criterion)
-    utils.freeze_garbage()  # this and the next as fairseq-train does
-    utils.keep_freed_memory()
+    utils.freeze_garbage()  # as fairseq-train does
     return trainer
 
 
@@ -135,13 +133,6 @@ def seconds_of(forms: dict[str, Callable[[], object]], runs: int) -> dict[str, f
             if run:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def peak_flops(size: int = 1024, runs: int = 7) -> float:
-    """Returns the floating-point operations per second of a float32 matrix product."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best = min(seconds_of({"product": lambda: a @ b}, 1)["product"] for _ in range(runs))
-    return 2 * size**3 / best
 
 
 def ratio(seconds: dict[str, float], baseline: str, ours: str) -> float:

@@ -33,6 +33,8 @@ from bench_tools import (
 from plain_form import PlainModel, PlainNAG
 from torch import nn
 
+from fairseq import utils
+
 VOCABULARY = 6424
 CUTOFFS = "1000,3000"
 DROPOUTS = {
@@ -72,7 +74,7 @@ def against_plain(data: Path, options: argparse.Namespace) -> list[dict[str, Any
         tokens = TOKENS.get(length, length)
         flags = [*model_flags(4, 256, CUTOFFS), *options.flags.split()]
         rates = {} if options.no_dropout else DROPOUTS
-        flags += _dropout_flags(rates)
+        flags += dropout_flags(rates)
         trainer = build_trainer(data, flags, length=length, tokens=tokens)
         batch = first_batch(trainer, length)
         forms: dict[str, Callable[[], object]] = {"ours": partial(trainer.train_step, [batch])}
@@ -88,7 +90,8 @@ def against_plain(data: Path, options: argparse.Namespace) -> list[dict[str, Any
     return rows
 
 
-def _dropout_flags(rates: dict[str, float]) -> list[str]:
+def dropout_flags(rates: dict[str, float]) -> list[str]:
+    """Returns the flags of the four dropouts; those without a rate get 0."""
     names = {name: f"--{name.replace('_', '-')}" for name in DROPOUTS}
     names["softmax_dropout"] = "--adaptive-softmax-dropout"
     return [f"{flag}={rates.get(name, 0.0)}" for name, flag in names.items()]
@@ -110,11 +113,12 @@ def plain_update(plain: PlainModel, batch: dict[str, Any]) -> Callable[[], objec
 
 def against_peak(data: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures the useful floating-point operations per second at widths 512 and 1024."""
+    utils.keep_freed_memory()  # as fairseq-train does; above it would help the plain form too
     rows = []
     length = 512
     for width in (512, 1024):
         flags = [*model_flags(4, width, CUTOFFS), *options.flags.split()]
-        flags += _dropout_flags({} if options.no_dropout else DROPOUTS)
+        flags += dropout_flags({} if options.no_dropout else DROPOUTS)
         trainer = build_trainer(data, flags, length=length, tokens=options.rows * length)
         batch = first_batch(trainer, length)
         batches = [batch] * options.update_freq
