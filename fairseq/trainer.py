@@ -133,8 +133,12 @@ class Trainer:
 
     @property
     def is_fsdp(self) -> bool:
-        """Whether parameters are cut over the workers whose gradients are summed."""
-        return is_fully_sharded(self.cfg.distributed_training) and self.gradient_world_size > 1
+        """Whether parameters are cut over the workers whose gradients are summed.
+
+        Under tensor parallelism also if there is one such worker: half precision is torch's then.
+        """
+        is_shared = self.gradient_world_size > 1 or self.tensor_parallel_group is not None
+        return is_fully_sharded(self.cfg.distributed_training) and is_shared
 
     @property
     def tensor_parallel_group(self) -> Any:
@@ -158,14 +162,14 @@ class Trainer:
         return self.is_cut
 
     @property
-    def checkpoint_suffix(self) -> str:
-        """What `--checkpoint-suffix` adds to the names of files."""
-        return self.cfg.checkpoint.checkpoint_suffix or ""
-    @property
     def saves_in_parts(self) -> bool:
         """Whether every worker writes its parts of a checkpoint (`--use-sharded-state`)."""
         return bool(self.cfg.distributed_training.use_sharded_state)
 
+    @property
+    def checkpoint_suffix(self) -> str:
+        """What `--checkpoint-suffix` adds to the names of files."""
+        return self.cfg.checkpoint.checkpoint_suffix or ""
 
     @property
     def must_stop(self) -> bool:
@@ -192,15 +196,15 @@ class Trainer:
                 f"{what} does not work with --ddp-backend fully_sharded, --data-parallel fsdp2 or "
                 "--tensor-parallel-size; use --ddp-backend legacy_ddp or c10d alone"
             )
-        if self.is_cut and not self.is_fsdp and self.half_type is not None:
-            raise ValueError(
-                "--tensor-parallel-size with half precision needs float32 shards; add "
-                "--data-parallel fsdp2 (and processes for it), or leave out --fp16 and --bf16"
         if self.saves_in_parts and self.cfg.checkpoint.write_checkpoints_asynchronously:
             raise ValueError(
                 "--use-sharded-state has all processes write at once, so it does not go with "
                 "--write-checkpoints-asynchronously; leave out one of them"
             )
+        if self.is_cut and not self.is_fsdp and self.half_type is not None:
+            raise ValueError(
+                "--tensor-parallel-size with half precision keeps float32 shards, which "
+                "--data-parallel ddp does not; leave that out, or give --data-parallel fsdp2"
             )
 
     def _compile(self) -> None:
@@ -271,7 +275,7 @@ class Trainer:
         return self._wrapped["criterion"]
 
     def _wrap(self, module: nn.Module) -> nn.Module:
-        if self.gradient_world_size == 1:
+        if self.gradient_world_size == 1 and not self.is_fsdp:
             return module
         options: dict[str, Any] = {}
         if self.is_fsdp:
@@ -690,7 +694,8 @@ class Trainer:
             return self.optimizer.clip_grad_norm(clip_norm)
         from fairseq.distributed.fsdp import local_grad_norm_aggregator
 
-        groups = [self.gradient_process_group] if self.is_fsdp else []
+        is_spread = self.is_fsdp and self.gradient_world_size > 1
+        groups = [self.gradient_process_group] if is_spread else []
         groups += [self.tensor_parallel_group] if self.tensor_parallel_group is not None else []
         aggregate = local_grad_norm_aggregator(groups, self.device)
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)

@@ -37,7 +37,7 @@ def settings(**changes):
         **changes,
     }
     return SimpleNamespace(
-        common=SimpleNamespace(cpu=True),
+        common=SimpleNamespace(cpu=True, bf16=changes.get("bf16", False)),
         distributed_training=SimpleNamespace(**distributed),
         criterion=SimpleNamespace(ddp_backend="pytorch_ddp"),
         model=SimpleNamespace(adaptive_softmax_cutoff=changes.get("cutoff")),
@@ -59,6 +59,8 @@ def test_one_process_cannot_share_weights():
         ({"data_parallel": "ddp", "tensor_parallel_size": 2}, "legacy_ddp"),
         ({"tensor_parallel_size": 2}, "legacy_ddp"),
         ({"tensor_parallel_size": 2, "ddp_backend": "fully_sharded"}, "fully_sharded"),
+        ({"tensor_parallel_size": 2, "bf16": True}, "fully_sharded"),
+        ({"tensor_parallel_size": 2, "bf16": True, "data_parallel": "ddp"}, "legacy_ddp"),
         ({"data_parallel": "fsdp2", "ddp_backend": "legacy_ddp"}, "fully_sharded"),
     ],
 )

@@ -1,12 +1,36 @@
 """One call spreads a model over processes, under a launcher and from a plain script.
 
-Among them: a test for each shortcoming of parallelformers that its replacement must not have.
+What parallelformers 1.2.7 had wrong or lacked, and the test that would have caught it, here where
+no file is named:
+
+* inference only: test_parallelize_training.py;
+* GPUs and NCCL only: every test here and in test_tensor_parallel.py;
+* the model pickled for each process: test_weights_travel_once; no files in parts: test_files_in_
+  parts_are_read_in_another_layout in test_tensor_parallel.py;
+* errors of a process, or of the script, hang: test_errors_of_workers_..., test_an_error_of_one_...,
+  test_an_error_of_the_script_..., test_torchrun.py;
+* threads mix up calls: test_threads_may_call_at_the_same_time;
+* environment, fixed ports, one job, no torchrun: test_nothing_is_left_in_the_environment,
+  test_two_models_at_a_time, test_under_a_launcher_...;
+* classes stay patched, `cpu()` gives nothing back: test_weights_lie_with_..., test_model_to_...;
+* fused layouts, heads that do not divide, grouped keys and values: test_fused_projections_...,
+  test_what_cannot_be_cut_... and llama in test_tensor_parallel.py;
+* state of heads (slopes, learned biases): test_losses_and_gradients_of_language_models, bloom, mpt
+  and gpt2_alibi there, test_policy.py;
+* whole embeddings, whole scores: test_each_process_holds_its_share_..., test_no_process_has_the_
+  scores_... there;
+* sampling alike by luck: test_workers_sample_alike_... in test_parallelize_training.py;
+* no numbers compared: test_models_of_transformers in test_tensor_parallel.py.
 """
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
+import time
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import parallelize_cases
 import pytest
@@ -122,6 +146,61 @@ def test_an_error_of_one_worker_ends_the_others_that_wait_for_it(monkeypatch):
     with pytest.raises(RuntimeError, match=r"(?s)worker 1: .*ValueError: only here"):
         model(torch.randn(2, 6), trouble="error")
     assert not handle._pool.is_running
+
+
+def test_an_error_of_the_script_ends_the_workers_and_gives_the_weights_back():
+    model = block_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with (
+        pytest.raises(KeyError, match="somewhere in the script"),
+        parallelize(model, num_gpus=2, custom_policies=BlockPolicy) as handle,
+    ):
+        processes = list(handle._pool._processes)
+        raise KeyError("somewhere in the script")
+    assert not any(process.is_alive() for process in processes)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+SCRIPT = """
+import sys, time
+from parallelize_cases import BlockPolicy, block_model
+from fairseq.model_parallel.parallelize import parallelize
+from fairseq.model_parallel.workers import free_port
+
+if __name__ == "__main__":
+    handle = parallelize(
+        block_model(), num_gpus=2, custom_policies=BlockPolicy, master_addr="localhost",
+        master_port=free_port(), init_method="fork",
+    )
+    print(*(process.pid for process in handle._pool._processes), flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_workers_end_with_the_script(tmp_path, is_killed):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    here = Path(__file__).parent
+    paths = [str(here.parents[1]), str(here), os.environ.get("PYTHONPATH", "")]
+    process = subprocess.Popen(
+        [sys.executable, "script.py", "600" if is_killed else "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    workers_ids = process.stdout.readline().split()
+    assert len(workers_ids) == 2
+    if is_killed:
+        process.kill()
+    assert process.wait(60) == (-9 if is_killed else 0)
+    process.stdout.close()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers_ids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_model_to_ends_it_and_moves_the_model():

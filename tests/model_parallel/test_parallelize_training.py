@@ -54,7 +54,10 @@ def scheduled(optimizer):
 def trained():
     """What one process does, and what workers do, who start again in the middle."""
     multiprocessing.set_forkserver_preload([parallelize_cases.__name__])
-    one = tensor_cases.hugging_face_model("gpt2")
+    one = tensor_cases.hugging_face_model("gpt2")  # in evaluation mode, without dropout
+    for module in one.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
     model = copy.deepcopy(one)
     wanted = torch.optim.AdamW(groups(one), lr=1e-2, eps=EPS)
     schedule = scheduled(wanted)
@@ -86,6 +89,12 @@ def trained():
         embedded.grad = None
         model(inputs_embeds=embedded).logits.square().sum().backward()
         found["lines"], found["of inputs"] = lines, embedded.grad
+        model.train()
+        found["with dropout"] = [model(**batch(0)).loss.item() for _ in range(2)]
+        model.eval()
+        inputs = {"input_ids": batch(0)["input_ids"], "do_sample": True, "max_new_tokens": 8}
+        model(**batch(0))  # passes on the mode
+        found["sampled"] = handle._pool.call("invoke", "generate", (), inputs, everyone=True)
     return found
 
 
@@ -121,6 +130,12 @@ def test_gradients_of_inputs_come_back(trained):
     torch.testing.assert_close(
         trained["of inputs"], trained["of inputs wanted"], rtol=1e-3, atol=1e-4
     )
+
+
+def test_workers_sample_alike_after_drawing_numbers_of_their_own(trained):
+    assert trained["with dropout"][0] != trained["with dropout"][1]
+    first, second = trained["sampled"]
+    assert first.shape == (2, 15) and torch.equal(first, second)
 
 
 @pytest.fixture(scope="module")

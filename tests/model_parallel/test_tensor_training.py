@@ -13,6 +13,7 @@ from train_runs import make_tiny_data
 LAYOUTS = {
     "tp2_adaptive": (2, "adaptive", "--tensor-parallel-size 2 --update-freq 4"),
     "tp2_fire": (2, "fire", "--tensor-parallel-size 2 --update-freq 4 --data-parallel ddp"),
+    "tp2_half": (2, "half", "--tensor-parallel-size 2 --update-freq 4"),
     "tp4_plain": (4, "plain", "--tensor-parallel-size 4 --update-freq 4"),
     "dp2_tp2_adaptive": (
         4,
@@ -42,13 +43,7 @@ LAYOUTS = {
     ),
     "ddp4_adaptive": (4, "adaptive", "--data-parallel ddp --update-freq 1"),
 }
-UPDATES = "--max-update 3"
-# The first two updates are the first epoch, where a position in the data fits any layout.
-FIRST = "--tensor-parallel-size 2 --update-freq 2 --max-update 2"
-LAST = "--data-parallel fsdp2 --update-freq 2 --max-update 6"
-
-
-ONE = "--update-freq 4 --max-update"
+EXACT = [name for name in LAYOUTS if "half" not in name]
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +61,13 @@ def folder(tmp_path_factory):
         for processes in (2, 4)
     }
     multiprocessing.set_forkserver_preload([training_cases.__name__])
-    launch(4, {**layouts[4], "first": run("resumed", "adaptive", FIRST)}, path)
-    alone = {"middle": run("resumed", "adaptive", f"{ONE} 4")}
-    alone |= {model: run(f"one_{model}", model, f"{ONE} 3") for model in training_cases.MODELS}
-    alone["whole"] = run("whole", "adaptive", f"{ONE} 6")
-    for name, case in alone.items():
-        torch.save(case(), path / f"{name}.1.0.pt")
-    launch(2, {**layouts[2], "last": run("resumed", "adaptive", LAST)}, path)
+    launch(4, layouts[4], path)
+    launch(2, layouts[2], path)
+    for model in training_cases.MODELS:
+        alone = training_cases.run(
+            str(path), f"one_{model}", model, "--update-freq 4 --max-update 3"
+        )
+        torch.save(alone, path / f"{model}.1.0.pt")
     return path
 
 
@@ -94,7 +89,7 @@ def assert_close_files(ours, wanted):
             torch.testing.assert_close(own, value, atol=5e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EXACT)
 def test_a_layout_trains_as_one_process_does(name, folder):
     processes, model, _ = LAYOUTS[name]
     ours = findings(folder, name, processes)[0]
@@ -103,11 +98,15 @@ def test_a_layout_trains_as_one_process_does(name, folder):
     assert_close_files(folder / name, folder / f"one_{model}")
 
 
-def test_training_goes_on_in_another_layout(folder):
-    """tp 2 x dp 2, then one process, then fsdp2 on two."""
-    whole = findings(folder, "whole", 1)[0]
-    parts = [findings(folder, *part)[0] for part in (("first", 4), ("middle", 1), ("last", 2))]
-    assert [list(part) for part in parts] == [[1, 2], [3, 4], [5, 6]]
-    for part in parts:
-        assert_same_curve(part, whole)
-    assert_close_files(folder / "resumed", folder / "whole")
+def test_half_precision_with_cut_weights(folder):
+    """In bfloat16 sums are rounded where they are cut, so figures agree to its three digits."""
+    ours, wanted = findings(folder, "tp2_half", 2)[0], findings(folder, "half", 1)[0]
+    assert list(ours) == [1, 2, 3]
+    for update, line in ours.items():
+        assert line["loss"] == pytest.approx(wanted[update]["loss"], rel=5e-3)
+        assert line["gnorm"] == pytest.approx(wanted[update]["gnorm"], rel=2e-2)
+    files = [folder / name / "checkpoint_last.pt" for name in ("tp2_half", "one_half")]
+    models = [torch.load(file, weights_only=True)["model"] for file in files]
+    for name, tensor in models[1].items():
+        assert models[0][name].dtype == torch.float32
+        torch.testing.assert_close(models[0][name], tensor.float(), atol=2e-2, rtol=2e-2)

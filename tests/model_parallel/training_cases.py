@@ -28,6 +28,7 @@ MODELS = {
     "uneven": f"{TINY_MODEL} --adaptive-softmax-cutoff 21,61 --adaptive-input-cutoff 21,61",
     "plain": PLAIN_MODEL,
     "fire": f"{PLAIN_MODEL} --position-method fire",
+    "half": f"{PLAIN_MODEL} --bf16 --cpu-half",
 }
 # 7 batches an epoch: in its last update some of the workers have no batch.
 BATCHES = "--tokens-per-sample 13 --max-tokens 52"
