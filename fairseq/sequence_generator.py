@@ -14,6 +14,7 @@ import torch
 
 from fairseq.generation.beams import Beams, Hypothesis
 from fairseq.generation.ensemble import Ensemble
+from fairseq.generation.layout import kernels_for_few_tokens
 from fairseq.generation.prompts import Prompt
 from fairseq.generation.restrictions import Restrictions
 from fairseq.search import BeamSearch, Search
@@ -148,8 +149,9 @@ class SequenceGenerator:
         if constraints is not None:
             raise ValueError("outputs cannot be constrained to given words; leave constraints out")
         start = self.eos if bos_token is None else bos_token
-        with torch.inference_mode():
-            ended = self._search(models or self.models, sample["net_input"], prefix_tokens, start)
+        models = models or self.models
+        with torch.inference_mode(), kernels_for_few_tokens(models):
+            ended = self._search(models, sample["net_input"], prefix_tokens, start)
         # Tensors made in inference mode could not be changed in place.
         return [sorted(map(self._finished, each), key=_by_score) for each in ended]
 

@@ -82,19 +82,24 @@ def own_run(
     model: TransformerLanguageModel, prompts: list[list[int]], args: argparse.Namespace, mode: str
 ) -> Callable[[], object]:
     """Returns what continues the prompts once."""
-    longest = max(map(len, prompts)) + args.new_tokens
+    # Outputs as long as sources are: so each row gets as many new tokens, however long its prompt.
+    sources = [prompt + [4] * args.new_tokens for prompt in prompts]
     generator = SequenceGenerator(
         [model],
         model.decoder.dictionary,
         beam_size=args.beam if mode == "beam" else 1,
-        max_len_b=longest,
-        min_len=longest,
+        max_len_b=max(map(len, sources)),
+        match_source_len=True,
         search_strategy=Sampling(topk=50) if mode == "sampling" else None,
     )
-    width = max(map(len, prompts))
-    rows = torch.tensor([prompt + [1] * (width - len(prompt)) for prompt in prompts])
-    sample = {"net_input": {"src_tokens": rows}}
-    return lambda: generator.generate(None, sample, prefix_tokens=rows)
+    sample = {"net_input": {"src_tokens": padded(sources)}}
+    return lambda: generator.generate(None, sample, prefix_tokens=padded(prompts))
+
+
+def padded(rows: list[list[int]]) -> torch.Tensor:
+    """Returns rows of ids as one tensor, padded on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [1] * (width - len(row)) for row in rows])
 
 
 def their_run(

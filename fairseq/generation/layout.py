@@ -1,14 +1,33 @@
-"""How the weights of models lie in memory while they generate."""
+"""How the weights of models lie in memory while they generate, and with what they are computed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["lay_out_for_generation"]
+__all__ = ["kernels_for_few_tokens", "lay_out_for_generation"]
+
+
+@contextlib.contextmanager
+def kernels_for_few_tokens(models: Sequence[Any]) -> Iterator[None]:
+    """Does without oneDNN as long as the context lasts, if all models are of float32 on a CPU.
+
+    Of what they call, torch hands it activation functions alone; for one token it takes several
+    times as long to call it as to compute them.
+    """
+    backend: Any = torch.backends.mkldnn
+    was_enabled = backend.enabled
+    parameters = (parameter for model in models for parameter in model.parameters())
+    if all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters):
+        backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = was_enabled
 
 
 def lay_out_for_generation(models: Sequence[Any]) -> None:

@@ -160,3 +160,15 @@ def test_keys_are_forgotten_alike(beam):
     options = {"beam_size": beam, "max_len_b": 60, "min_len": 50}
     together = generated(model, PROMPTS, cache_error=1e-9, **options)
     assert_same(together, alone(model, **options))
+
+
+def test_what_torch_may_use_is_left_as_it_was():
+    seen = []
+    model = model_of("alibi")
+    model.decoder.layers[0].fc1.register_forward_hook(
+        lambda *_: seen.append(torch.backends.mkldnn.enabled)
+    )
+    before = torch.backends.mkldnn.enabled
+    generated(model, PROMPTS[:1])
+    generated(model.bfloat16(), PROMPTS[:1])
+    assert seen[0] is False and seen[-1] is before is torch.backends.mkldnn.enabled
