@@ -2,6 +2,10 @@
 
     python scripts/bench_attention.py --lengths 512 2048 8192 --backward --dropout 0.1
     python scripts/bench_attention.py --checkpoint checkpoint_best.pt data-bin --lengths 512 2048
+    python scripts/bench_attention.py --only errors --backward --lengths 512 16384
+    python scripts/bench_attention.py --only errors --dtype bfloat16
+    python scripts/bench_attention.py --only memory --backward --lengths 512 16384
+    python scripts/bench_attention.py --auto --lengths 32 128 512 1024 2048 4096
 
 All forms are called in turn, several times, in one process; ratios are of medians. Forms:
 
@@ -12,7 +16,10 @@ All forms are called in turn, several times, in one process; ratios are of media
 * backends by name.
 
 Errors are root mean squares against float64, of the output and, with --backward, of gradients
-for random gradients of the output. Ends with one line of JSON.
+for random gradients of the output; beyond --most-exact of 64 queries, whose outputs alone have
+gradients. In half precision that of rounding is told beside, and that of the kernel without bias.
+Memory is what a call adds to the peak of a process of its own. --auto measures every backend that
+`auto` may choose over a grid of calls, and tells where it lost. Ends with one line of JSON.
 Shapes: `B` rows, `H` heads, `T` tokens, `K` head width.
 """
 
@@ -21,15 +28,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention_grid import measure_grid
 
-from fairseq.attention import AttentionBias, LinearBias, attend, get_backend
+from fairseq.attention import AttentionBias, LinearBias, ZeroBias, attend, get_backend
 from fairseq.attention.windows import measure_windows
 from fairseq.positions.alibi_slopes import alibi_slopes
 
@@ -41,16 +52,24 @@ def main() -> None:
     """Runs the command."""
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
+    if args.auto:
+        print(json.dumps({"auto": measure_grid(args.lengths, args.runs)}))
+        return
     results = []
     for length in args.lengths:
         for source, tensors, bias in sources(args, length):
-            found = {"length": length, "source": source, **windows_of(tensors, bias)}
-            print(f"T = {length}, {source}: " + json.dumps(found["windows"]), flush=True)
-            found["passes"] = {}
-            for name in ["forward", "forward+backward"][: 2 if args.backward else 1]:
-                found["passes"][name] = measure(args, tensors, bias, name)
-            if length <= args.most_exact:
+            found = {"length": length, "source": source}
+            print(f"T = {length}, {source}", flush=True)
+            if args.only in (None, "time"):
+                found |= windows_of(tensors, bias)
+                print("  windows " + json.dumps(found["windows"]), flush=True)
+                found["passes"] = {}
+                for name in ["forward", "forward+backward"][: 2 if args.backward else 1]:
+                    found["passes"][name] = measure(args, tensors, bias, name)
+            if args.only in (None, "errors"):
                 found["errors"] = errors(args, tensors, bias)
+            if args.only == "memory":
+                found["MiB"] = memory(args, tensors, bias)
             results.append(found)
     settings = {"dtype": args.dtype, "threads": args.threads, "dropout": args.dropout}
     print(json.dumps({**settings, "torch": torch.__version__, "results": results}))
@@ -74,7 +93,11 @@ def parser() -> argparse.ArgumentParser:
         "--backends", nargs="+", default=["reference", "sdpa", "augmented", "windowed"]
     )
     made.add_argument("--most-plain", type=int, default=4096, help="longest T of forms with a mask")
-    made.add_argument("--most-exact", type=int, default=4096, help="longest T for errors")
+    made.add_argument(
+        "--most-exact", type=int, default=2048, help="longest T with errors of every query"
+    )
+    made.add_argument("--only", choices=["time", "errors", "memory"], help="default: not memory")
+    made.add_argument("--auto", action="store_true", help="what auto chooses, over a grid")
     made.add_argument(
         "--checkpoint", nargs=2, metavar=("PATH", "DATA"), help="trained q, k, v of every layer"
     )
@@ -157,16 +180,16 @@ def moved_by_window(
 
 
 def scores64(
-    q: torch.Tensor, k: torch.Tensor, bias: AttentionBias
+    q: torch.Tensor, k: torch.Tensor, bias: AttentionBias, positions: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns scores with bias and causal mask in float64, and distances (T, T)."""
-    places = torch.arange(q.size(2), device=q.device)
-    distance = places[:, None] - places
+    """Returns scores with bias and causal mask in float64, and distances (T, S)."""
+    places = torch.arange(k.size(2), device=q.device)
+    distance = (places if positions is None else positions)[:, None] - places
     scores = q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.size(-1))
     slopes = bias.linear_slopes()
     assert slopes is not None
-    scores -= slopes.left.to(q.device).double()[:, None, None] * distance
-    return scores.masked_fill_(distance < 0, -torch.inf), distance
+    scores = scores - slopes.left.to(q.device).double()[:, None, None] * distance
+    return scores.masked_fill(distance < 0, -torch.inf), distance
 
 
 def forms(args: argparse.Namespace, tensors: Tensors, bias: AttentionBias) -> dict[str, Form]:
@@ -237,29 +260,103 @@ def clock(args: argparse.Namespace) -> float:
 
 def errors(args: argparse.Namespace, tensors: Tensors, bias: AttentionBias) -> dict[str, Any]:
     """Returns root mean square errors against float64: output, then gradients of q, k, v."""
-    given = torch.randn_like(tensors[0])
-    exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected = torch.softmax(scores64(exact[0], exact[1], bias)[0], -1) @ exact[2]
-    if args.backward:
-        expected.backward(given.double())
+    found: dict[str, Any] = {}
+    is_half = tensors[0].dtype.itemsize < 4
+    exact = exact_results(args, tensors, bias)
+    if is_half:
+        rounded = rms(exact[0].to(tensors[0].dtype), exact[0])
+        without = exact_results(args, tensors, ZeroBias(bias.num_heads))
+    for name in args.backends:
+        found[name] = [
+            rms(*pair) for pair in zip(results(args, tensors, bias, name), exact, strict=True)
+        ]
+        line = f"  error {name:10s} " + " ".join(f"{each:.1e}" for each in found[name])
+        if is_half:
+            unbiased = rms(results(args, tensors, ZeroBias(bias.num_heads), name)[0], without[0])
+            limit = 1.5 * rounded + unbiased
+            line += f"  rounding {rounded:.1e} without bias {unbiased:.1e} limit {limit:.1e}"
+            found[name] = {"errors": found[name], "rounding": rounded, "without bias": unbiased}
+        print(line, flush=True)
+    return found
+
+
+def rms(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the root mean square of a difference."""
+    return float((found.double() - expected).square().mean().sqrt())
+
+
+def chosen_queries(args: argparse.Namespace, length: int) -> torch.Tensor:
+    """Returns the queries whose results are compared: all, or 64 of a long sequence."""
+    if length <= args.most_exact:
+        return torch.arange(length)
+    return torch.linspace(0, length - 1, 64).long()
+
+
+def results(
+    args: argparse.Namespace, tensors: Tensors, bias: AttentionBias, name: str
+) -> list[torch.Tensor]:
+    """Returns output and gradients of q of the chosen queries, and gradients of k and v."""
+    q = tensors[0]
+    length, chosen = q.size(2), chosen_queries(args, q.size(2))
+    prepared = get_backend(name).prepare(
+        bias, range(length), range(length), dtype=q.dtype, device=q.device
+    )
+    leaves = [x.detach().requires_grad_(args.backward) for x in tensors]
+    out = attend(*leaves, prepared)
+    if not args.backward:
+        return [out[:, :, chosen]]
+    given = torch.zeros_like(q)
+    given[:, :, chosen] = gradient_of(q, chosen)
+    out.backward(given)
+    dq, dk, dv = (each.grad for each in leaves)
+    assert dq is not None and dk is not None and dv is not None
+    return [out.detach()[:, :, chosen], dq[:, :, chosen], dk, dv]
+
+
+def exact_results(
+    args: argparse.Namespace, tensors: Tensors, bias: AttentionBias
+) -> list[torch.Tensor]:
+    """Returns the same by the formula in float64, head by head."""
+    chosen = chosen_queries(args, tensors[0].size(2))
+    given, by_head = gradient_of(tensors[0], chosen).double(), []
+    for head in range(bias.num_heads):
+        which = slice(head, head + 1)
+        q, k, v = (x[:, which].detach().double().requires_grad_(args.backward) for x in tensors)
+        scores, _ = scores64(q[:, :, chosen], k, bias.heads(which), chosen)
+        out = torch.softmax(scores, -1) @ v
+        made = [out.detach()]
+        if args.backward:
+            out.backward(given[:, which])
+            made += [q.grad[:, :, chosen], k.grad, v.grad]  # type: ignore[index,list-item]
+        by_head.append(made)
+    return [torch.cat(each, dim=1) for each in zip(*by_head, strict=True)]
+
+
+def gradient_of(q: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Returns random gradients of the output of the chosen queries, the same in each call."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(q[:, :, chosen].shape, generator=generator).to(q)
+
+
+def memory(args: argparse.Namespace, tensors: Tensors, bias: AttentionBias) -> dict[str, int]:
+    """Returns how many MiB a call adds to the peak of a process of its own, by backend."""
     found = {}
     for name in args.backends:
-        prepared = get_backend(name).prepare(
-            bias,
-            range(given.size(2)),
-            range(given.size(2)),
-            dtype=given.dtype,
-            device=given.device,
-        )
-        leaves = [x.detach().requires_grad_() for x in tensors]
-        out = attend(*leaves, prepared)
-        pairs = [(out.detach(), expected.detach())]
-        if args.backward:
-            out.backward(given)
-            pairs += [(a.grad, b.grad) for a, b in zip(leaves, exact, strict=True)]  # type: ignore[misc]
-        found[name] = [float((a.double() - b).square().mean().sqrt()) for a, b in pairs]
-        print(f"  error {name:10s} " + " ".join(f"{each:.1e}" for each in found[name]), flush=True)
+        if name in ("reference", "sdpa") and tensors[0].size(2) > args.most_plain:
+            continue
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+            found[name] = pool.submit(added_memory, args, tensors, bias, name).result()
+        print(f"  {name:10s} {found[name]:6d} MiB", flush=True)
     return found
+
+
+def added_memory(args: argparse.Namespace, tensors: Tensors, bias: AttentionBias, name: str) -> int:
+    """Returns how many MiB a call adds to the peak of this process; a short one comes first."""
+    args.most_exact = 0
+    results(args, tuple(x[:, :, :256] for x in tensors), bias, name)  # type: ignore[arg-type]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    results(args, tensors, bias, name)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
 
 
 if __name__ == "__main__":

@@ -276,6 +276,8 @@ def test_what_flash_cannot(flash_attn, changes, reason):
         (64, 0.1, {}, "reference"),
         (2048, 0.0, {}, "windowed"),
         (512, 0.1, {}, "windowed"),
+        (511, 0.1, {}, "reference"),
+        (511, 0.0, {}, "sdpa"),
         (2048, 0.0, {"bias": PrefixBias(SLOPES, 3)}, "sdpa"),
         (2048, 0.0, {"bias": ZeroBias(4)}, "augmented"),
         (64, 0.0, {"bias": ZeroBias(4), "rule": BIDIRECTIONAL}, "sdpa"),
@@ -287,6 +289,16 @@ def test_what_flash_cannot(flash_attn, changes, reason):
 def test_what_auto_chooses(length, dropout_p, changes, name):
     request = request_of(queries=range(length), keys=range(length), **changes)
     assert get_backend("auto").choose(request, dropout_p) == name
+
+
+@pytest.mark.parametrize(
+    ("length", "has_gradients", "name"),
+    [(512, True, "windowed"), (512, False, "sdpa"), (1024, False, "windowed")],
+)
+def test_auto_takes_tiles_earlier_where_gradients_are_wanted(length, has_gradients, name):
+    request = request_of(queries=range(length), keys=range(length))
+    with torch.set_grad_enabled(has_gradients):
+        assert get_backend("auto").choose(request) == name
 
 
 def test_auto_prefers_flash_in_half_precision(flash_attn):

@@ -23,9 +23,11 @@ __all__ = ["AutoBackend", "AutoPrepared"]
 logger = logging.getLogger(__name__)
 
 _LONG = 1024
-"""Queries from which on tiles beat a dense mask on a CPU."""
-_LONG_WITH_DROPOUT = 256
-"""The same with attention dropout, with which the fused kernel leaves its fast path."""
+"""Queries with as many keys from which on tiles beat a dense mask on a CPU; in general the square
+of this many scores, since some of a sequence's queries see all of its keys."""
+_LONG_IN_TRAINING = 512
+"""The same where gradients are wanted, of which tiles take less, or with attention dropout, with
+which the fused kernel leaves its fast path."""
 _LONG_ON_DEVICE = 2048
 """Queries from which on a dense mask is avoided on an accelerator."""
 
@@ -111,7 +113,9 @@ class AutoBackend(AttentionBackend):
         if request.device.type == "cpu":
             if dropout_p == 0 and self._is_plainly_causal(request):
                 return AugmentedBackend.name
-            is_long = length >= (_LONG if dropout_p == 0 else _LONG_WITH_DROPOUT)
+            is_training = dropout_p > 0 or torch.is_grad_enabled()
+            long = _LONG_IN_TRAINING if is_training else _LONG
+            is_long = length * len(request.key_positions) >= long**2
             if is_long and self._can(WindowedBackend.name, request):
                 return WindowedBackend.name
             return ReferenceBackend.name if dropout_p > 0 else SdpaBackend.name
