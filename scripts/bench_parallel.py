@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each of the four rows")
     parser.add_argument("--words", type=int, default=10000)
+    parser.add_argument("--only", help="one of the layouts, such as tp")
     parser.add_argument(
         "--gather-scores", action="store_true", help="compute losses under tp from whole scores"
     )
@@ -131,7 +132,7 @@ def main() -> None:
     multiprocessing.set_forkserver_preload(["__main__"])
     print("| layout | processes | weights of each, MiB | peak of each, MiB | update, s |")
     print("|---|---|---|---|---|")
-    for layout in LAYOUTS:
+    for layout in [each for each in LAYOUTS if options.only in (None, each[0])]:
         with tempfile.TemporaryDirectory() as folder:
             arguments = (layout, options, folder)
             mp.start_processes(work, arguments, nprocs=layout[1], start_method="forkserver")
