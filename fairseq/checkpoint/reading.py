@@ -49,7 +49,7 @@ def read_index(
     """Reads the file alone, without the tensors that lie in parts; see `read_checkpoint`."""
     path = Path(path)
     _check_kind(path)
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         with path.open("rb") as stream:
             check_records(stream, path, compare=check)
     try:
@@ -70,6 +70,14 @@ def read_index(
     return state
 
 
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        # As of Python 3.11 for a file that claims to be one of several.
+        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from error
+
+
 def _check_kind(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"Model file not found: {path}")
@@ -80,7 +88,7 @@ def _check_kind(path: Path) -> None:
     if not head:
         raise ValueError(f"{path} is empty (0 bytes), not a checkpoint; {REMEDY}")
     if head.startswith(_ZIP_MAGIC):
-        if not zipfile.is_zipfile(path):
+        if not _is_zip(path):
             size = path.stat().st_size
             raise ValueError(f"{path} is truncated: it ends after {size:,} bytes; {REMEDY}")
     elif _OLD_MAGIC not in head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import zipfile
 from pathlib import Path
 
@@ -89,3 +90,71 @@ def test_a_file_written_without_checksums_is_read(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     assert read_checkpoint(path)["model"]["w"].tolist() == [0, 1, 2]
+
+
+def _parts(path):
+    """Returns name -> (place of the content, size) of a zip file's parts."""
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    places = {}
+    for record in records:
+        name, extra = struct.unpack_from("<HH", content, record.header_offset + 26)
+        places[record.filename] = (record.header_offset + 30 + name + extra, record.file_size)
+    return places
+
+
+def _flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def _state():
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"w{i}": torch.randn(50, generator=generator) for i in range(4)}
+    return {"model": weights, "cfg": {"task": {"data": "here"}}}
+
+
+def test_one_bit_of_any_part_is_noticed(tmp_path):
+    """First, middle and last byte of every tensor, of the pickle and of torch's own notes."""
+    path, damaged = tmp_path / "whole.pt", tmp_path / "damaged.pt"
+    save_atomically(_state(), path)
+    parts = _parts(path)
+    assert sum("/data/" in name for name in parts) == 4
+    for name, (place, size) in parts.items():
+        for offset in {0, size // 2, size - 1} if size else ():
+            shutil.copy(path, damaged)
+            _flip(damaged, place + offset)
+            with pytest.raises(ValueError, match=rf"checksum of its part {name} does not fit"):
+                read_checkpoint(damaged)
+
+
+def test_one_bit_of_the_list_of_parts_is_noticed_or_does_no_harm(tmp_path):
+    """The list at the end says where each part lies, and holds the checksums."""
+    path, damaged = tmp_path / "whole.pt", tmp_path / "damaged.pt"
+    save_atomically(_state(), path)
+    whole = read_checkpoint(path)
+    content = path.read_bytes()
+    beginning = content.index(b"PK\x01\x02")
+    refused = 0
+    for place in range(beginning, len(content), 3):
+        shutil.copy(path, damaged)
+        _flip(damaged, place)
+        try:
+            found = read_checkpoint(damaged)
+        except ValueError as error:
+            refused += str(damaged) in str(error)
+            continue
+        assert found["cfg"] == whole["cfg"]
+        assert all(torch.equal(found["model"][n], w) for n, w in whole["model"].items())
+    assert refused > (len(content) - beginning) / 6
+
+
+def test_the_format_before_torch_1_6_has_no_checksum(tmp_path):
+    """It is read, and damage in its tensors is not noticed: nothing in it could tell."""
+    path = tmp_path / "old.pt"
+    torch.save({"model": {"w": torch.zeros(1000)}}, path, _use_new_zipfile_serialization=False)
+    assert read_checkpoint(path)["model"]["w"].tolist() == [0.0] * 1000
+    _flip(path, path.stat().st_size - 1000)
+    assert read_checkpoint(path)["model"]["w"].count_nonzero() == 1

@@ -113,6 +113,44 @@ def test_moses_is_called_as_its_library_wants(monkeypatch):
     assert calls == [("de", expected)]
 
 
+def test_moses():
+    pytest.importorskip("sacremoses", reason="pip install sacremoses")
+    text = 'Hello, world! It\'s a well-known "fact" & more [x].'
+    moses = made(TOKENIZERS, "moses")
+    assert moses.encode(text) == (
+        "Hello , world ! It &apos;s a well @-@ known &quot; fact &quot; &amp; more &#91; x &#93; ."
+    )
+    assert moses.decode(moses.encode(text)) == text
+    plain = made(TOKENIZERS, "moses", moses_no_dash_splits=True, moses_no_escape=True)
+    assert plain.encode(text) == 'Hello , world ! It \'s a well-known " fact " & more [ x ] .'
+    assert plain.decode(plain.encode(text)) == text
+
+
+def test_subword_nmt(tmp_path):
+    pytest.importorskip("subword_nmt", reason="pip install subword-nmt")
+    codes = tmp_path / "codes"
+    codes.write_text("#version: 0.2\nl o\nw e\nlo w</w>\nwe r</w>\n")
+    bpe = made(BPES, "subword_nmt", bpe_codes=str(codes))
+    assert bpe.encode("low lower new") == "low lo@@ wer n@@ e@@ w"
+    assert bpe.decode("low lo@@ wer n@@ e@@ w") == "low lower new"
+    other = made(BPES, "subword_nmt", bpe_codes=str(codes), bpe_separator="##")
+    assert other.encode("lower") == "lo## wer" and other.decode("lo## wer") == "lower"
+
+
+def test_nltk(monkeypatch, tmp_path):
+    nltk = pytest.importorskip("nltk", reason="pip install nltk")
+    tokenizer = made(TOKENIZERS, "nltk")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=r"python -m nltk\.downloader punkt_tab"):
+        tokenizer.encode("Hello, world.")
+    # Splitting sentences needs that data; splitting one into words does not.
+    words = nltk.tokenize.word_tokenize
+    monkeypatch.setattr(
+        nltk.tokenize, "word_tokenize", lambda text: words(text, preserve_line=True)
+    )
+    assert tokenizer.encode("It isn't, (really).") == "It is n't , ( really ) ."
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "error", "message"),
     [

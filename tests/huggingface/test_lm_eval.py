@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -195,3 +198,72 @@ def test_without_the_harness_it_is_said_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(ImportError, match="pip install lm-eval"):
         harness.register()
+
+
+TASKS = {
+    "choose": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "read": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+    "write": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+@pytest.mark.slow
+def test_the_harness_itself(tmp_path):
+    """Three tasks of one's own; what it prints follows from what the model answers."""
+    pytest.importorskip("lm_eval", reason="pip install lm-eval")
+    lm = harness.FairseqAlibiLM(CHECKPOINTS["wiki103_tiny"], DATA, max_length=64, device="cpu")
+    words = lm.dictionary.symbols
+    rows = []
+    for i in range(6):
+        context = " ".join(words[10 * i + 10 : 10 * i + 20])
+        answer = lm.generate_until([asked(context, TASKS["write"]["generation_kwargs"])])[0]
+        row = {"context": context, "choices": [words[8], words[90], words[200]], "gold": i % 3}
+        rows.append({**row, "text": " ".join(words[i : i + 150]), "answer": answer if i else "?"})
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
+    for name, task in TASKS.items():
+        content = json.dumps({"task": name, "test_split": "test", **source, **task})
+        (tmp_path / f"{name}.yaml").write_text(content)  # JSON is YAML
+    options = (
+        f"--model {harness.NAME} --model_args path={CHECKPOINTS['wiki103_tiny']},data={DATA},"
+        f"max_length=64 --include_path {tmp_path} --tasks {','.join(TASKS)} --device cpu "
+        f"--output_path {tmp_path}/out"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "fairseq.huggingface.lm_eval", *options.split()],
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(path.read_text())["results"]
+
+    nats = lm.loglikelihood_rolling([asked(row["text"]) for row in rows])
+    assert results["read"]["word_perplexity,none"] == pytest.approx(
+        math.exp(-sum(nats) / (150 * len(rows))), rel=1e-5
+    )
+    right = 0
+    for row in rows:
+        found = lm.loglikelihood([asked(row["context"], f" {word}") for word in row["choices"]])
+        right += max(range(3), key=lambda i: found[i][0]) == row["gold"]
+    assert results["choose"]["acc,none"] == pytest.approx(right / len(rows))
+    assert results["write"]["exact_match,none"] == pytest.approx(5 / 6)

@@ -22,8 +22,17 @@ class NLTKTokenizer:
         self._module = load_library("nltk.tokenize", "nltk", "--tokenizer nltk")
 
     def encode(self, text: str) -> str:
-        """Returns the words of a line, separated by single spaces."""
-        return " ".join(self._module.word_tokenize(text))
+        """Returns the words of a line, separated by single spaces.
+
+        Raises:
+            FileNotFoundError: the library lacks the data that it splits sentences by.
+        """
+        try:
+            return " ".join(self._module.word_tokenize(text))
+        except LookupError as error:
+            raise FileNotFoundError(
+                "--tokenizer nltk needs data of NLTK's: python -m nltk.downloader punkt_tab"
+            ) from error
 
     def decode(self, text: str) -> str:
         """Returns the text as it is."""
