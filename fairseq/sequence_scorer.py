@@ -15,7 +15,7 @@ import torch
 
 from fairseq import utils
 
-__all__ = ["Scores", "SequenceScorer", "target_log_probs"]
+__all__ = ["Scores", "SequenceScorer", "scores_of", "target_log_probs"]
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,8 @@ class SequenceScorer:
             results.append(values)
             if attention is not None:
                 attentions.append(attention)
-        values = results[0]
-        if len(results) > 1:
-            values = torch.logsumexp(torch.stack(results), dim=0) - math.log(len(results))
         attention = torch.stack(attentions).mean(dim=0) if attentions else None
-        return Scores(values, is_scored, attention)
+        return scores_of(results, is_scored, attention)
 
     def _scored_positions(self, sample: dict[str, Any]) -> torch.Tensor:
         """Returns (B, T) bool: the row's own target tokens, without context and padding."""
@@ -154,6 +151,16 @@ class SequenceScorer:
             ]
             for row in range(len(sample["id"]))
         ]
+
+
+def scores_of(
+    results: Sequence[torch.Tensor], is_scored: torch.Tensor, attention: torch.Tensor | None = None
+) -> Scores:
+    """Returns the scores of an ensemble: its models' probabilities (N,) are averaged."""
+    values = results[0]
+    if len(results) > 1:
+        values = torch.logsumexp(torch.stack(list(results)), dim=0) - math.log(len(results))
+    return Scores(values, is_scored, attention)
 
 
 def target_log_probs(

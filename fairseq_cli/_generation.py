@@ -19,6 +19,7 @@ from fairseq.dataclass.arguments import literal_dict
 from fairseq.generation.alignment import add_alignments, alignment_text, check_can_align
 from fairseq.generation.layout import lay_out_for_generation
 from fairseq.logging import progress_bar
+from fairseq.model_parallel.run import refuse_shared_models
 from fairseq_cli.eval_lm import move_to_device
 
 __all__ = ["BASE_2", "Session", "hypothesis_lines", "most_positions", "sentences", "start_session"]
@@ -91,6 +92,7 @@ def start_session(cfg: Any, *, load_data: Callable[[Any], None] | None = None) -
     if cfg.common.log_file is not None:
         progress_bar.log_to_file(cfg.common.log_file)
     _check(cfg)
+    refuse_shared_models(cfg)
     np.random.seed(cfg.common.seed)
     utils.set_torch_seed(cfg.common.seed)
     task = tasks.setup_task(cfg.task)

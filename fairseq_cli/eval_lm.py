@@ -17,6 +17,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.evaluation.perplexity import eval_lm
 from fairseq.evaluation.word_stats import WordStat
 from fairseq.logging import progress_bar
+from fairseq.model_parallel.run import shared_sequences
 from fairseq.sequence_scorer import Scores
 from fairseq.tasks.language_modeling import check_document_mask
 from fairseq_cli._run import run_command, set_up_logging
@@ -95,27 +96,39 @@ def main(
     window = _longest_row(dataset, cfg.task.tokens_per_sample, context_window)
     _check_lengths(models, window)
     set_sequence_length(models, window)
-    batches = _batches(cfg, task, dataset)
-    progress = progress_bar.progress_bar(
-        batches,
-        log_format=cfg.common.log_format,
-        log_interval=cfg.common.log_interval,
-        default_log_format="simple" if cfg.common.no_progress_bar else "tqdm",
-    )
-    return eval_lm(
-        models,
-        task.source_dictionary,
-        progress,
-        post_process=cfg.common_eval.post_process,
-        output_word_probs=cfg.eval_lm.output_word_probs,
-        output_word_stats=cfg.eval_lm.output_word_stats,
-        target_dictionary=task.target_dictionary,
-        softmax_batch=cfg.eval_lm.softmax_batch,
-        remove_bos_token=getattr(cfg.task, "add_bos_token", False),
-        device=device,
-        score_pad=getattr(task, "targets", None) in (None, ["future"]),
-        on_scores=on_scores,
-    )
+    with shared_sequences(cfg, models) as sharing:
+        progress = progress_bar.progress_bar(
+            _batches(cfg, task, dataset),
+            log_format=cfg.common.log_format,
+            log_interval=cfg.common.log_interval,
+            default_log_format="simple" if cfg.common.no_progress_bar else "tqdm",
+        )
+        score_pad = getattr(task, "targets", None) in (None, ["future"])
+        scorer = None
+        if sharing is not None:
+            from fairseq.evaluation.shared_sequences import SharedSequenceScorer
+
+            scorer = SharedSequenceScorer(
+                task.target_dictionary,
+                cfg.eval_lm.softmax_batch,
+                score_pad=score_pad,
+                sharing=sharing,
+            )
+        return eval_lm(
+            models,
+            task.source_dictionary,
+            progress,
+            post_process=cfg.common_eval.post_process,
+            output_word_probs=cfg.eval_lm.output_word_probs,
+            output_word_stats=cfg.eval_lm.output_word_stats,
+            target_dictionary=task.target_dictionary,
+            softmax_batch=cfg.eval_lm.softmax_batch,
+            remove_bos_token=getattr(cfg.task, "add_bos_token", False),
+            device=device,
+            score_pad=score_pad,
+            on_scores=on_scores,
+            scorer=scorer,
+        )
 
 
 def _check_settings(cfg: Any) -> None:
@@ -177,14 +190,18 @@ def _check_lengths(models: list[torch.nn.Module], longest: int) -> None:
 def _batches(cfg: Any, task: Any, dataset: Any) -> Any:
     """Returns the batches of this process's share of the split; no block is left out."""
     distributed = cfg.distributed_training
+    num_shards, shard_id = distributed.distributed_world_size, distributed.distributed_rank
+    if distributed.sequence_parallel_size > 1:
+        num_shards = distributed_utils.get_data_parallel_world_size()
+        shard_id = distributed_utils.get_data_parallel_rank()
     max_tokens = cfg.dataset.max_tokens
     return task.eval_lm_dataloader(
         dataset=dataset,
         max_tokens=_MAX_TOKENS if max_tokens is None else max_tokens,
         batch_size=cfg.dataset.batch_size,
         max_positions=None,
-        num_shards=max(cfg.dataset.num_shards, distributed.distributed_world_size),
-        shard_id=max(cfg.dataset.shard_id, distributed.distributed_rank),
+        num_shards=max(cfg.dataset.num_shards, num_shards),
+        shard_id=max(cfg.dataset.shard_id, shard_id),
         num_workers=cfg.dataset.num_workers,
         data_buffer_size=cfg.dataset.data_buffer_size,
         context_window=cfg.eval_lm.context_window,

@@ -15,6 +15,7 @@ from fairseq.dataclass.arguments import literal_dict
 from fairseq.dataclass.legacy import config_to_dict, namespace_to_config
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics, progress_bar
+from fairseq.model_parallel.run import shared_sequences
 from fairseq.registry import COMPONENT_REGISTRIES
 from fairseq_cli._run import run_command, set_up_logging
 from fairseq_cli.eval_lm import move_to_device, set_sequence_length
@@ -70,7 +71,11 @@ def main(cfg: Any, override_args: argparse.Namespace | None = None) -> list[dict
     criterion = task.build_criterion(cfg.criterion if "criterion" in given else saved_cfg.criterion)
     criterion.to(device=device).eval()
     subsets = cfg.dataset.valid_subset.split(",")
-    return [_validate(cfg, task, models[0], criterion, subset, device) for subset in subsets]
+    with shared_sequences(cfg, models[:1]) as sharing:
+        return [
+            _validate(cfg, task, models[0], criterion, subset, device, sharing)
+            for subset in subsets
+        ]
 
 
 def _check_settings(cfg: Any) -> None:
@@ -89,6 +94,7 @@ def _validate(
     criterion: torch.nn.Module,
     subset: str,
     device: torch.device | None,
+    sharing: Any,
 ) -> dict[str, Any]:
     """Validates on one subset; prints and returns its figures."""
     task.load_dataset(subset, combine=False, epoch=1)
@@ -102,11 +108,16 @@ def _validate(
     )
     outputs = []
     for step, sample in enumerate(progress):
+        if not sample:  # workers with fewer batches than others
+            continue
+        if sharing is not None:
+            sample = sharing.cut(sample)
         on_device = utils.move_to_cuda(sample, device) if device is not None else sample
         _, _, output = task.valid_step(on_device, model, criterion)
         progress.log(output, step=step)
         outputs.append(output)
-    group = distributed_utils.get_data_parallel_group()
+    # Its members have other batches, or other parts of their sequences.
+    group = distributed_utils.get_gradient_group()
     if group is not None:
         size = cfg.common.all_gather_list_size
         gathered = distributed_utils.all_gather_list(outputs, group=group, max_size=size)

@@ -1,11 +1,15 @@
 """Measures memory and time of one training step on a long sequence, over 1, 2 and 4 processes.
 
-    python scripts/bench_sequence_parallel.py --length 4096
+    python scripts/bench_sequence_parallel.py --lengths 2048 4096 8192
 
 Each row of the table is a start of processes on this machine that talk over gloo. Memory is what
 the largest process holds at its peak beyond what it held before the first step (resident, `VmHWM`
 of /proc/self/status); time is the fastest of the steps, of which one goes before. Processes share
 the cores of this machine, so times show the cost of the exchanges, not a speed-up.
+
+The C library is told to give freed blocks of 256 KiB and more back to the system. By default it
+keeps blocks of up to 32 MiB for later, so that the figure would show what a process held on to,
+and hardly what it needed.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ MIB = 1 << 20
 def main() -> None:
     """Measures, and prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=4096, help="tokens of the one row")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096], help="of the one row")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--steps", type=int, default=2, help="steps after the first one")
@@ -40,12 +44,19 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["allgather", "ring", "ulysses"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4])
     args = parser.parse_args()
-    print("| processes | attention | peak memory of a process, MiB | step, s |")
-    print("|---|---|---|---|")
-    for size in args.sizes:
-        for scheme in args.schemes if size > 1 else ["-"]:
-            memory, seconds = measure(size, scheme, args)
-            print(f"| {size} | {scheme} | {memory / MIB:.0f} | {seconds:.1f} |", flush=True)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 18)  # for the processes that are started
+    print("| tokens | processes | attention | peak memory of a process, MiB | of one | step, s |")
+    print("|---|---|---|---|---|---|")
+    for length in args.lengths:
+        args.length = length
+        alone = None
+        for size in args.sizes:
+            for scheme in args.schemes if size > 1 else ["-"]:
+                memory, seconds = measure(size, scheme, args)
+                alone = memory if size == 1 else alone
+                share = "-" if alone is None else f"{memory / alone:.2f}"
+                cells = (length, size, scheme, f"{memory / MIB:.0f}", share, f"{seconds:.1f}")
+                print("| " + " | ".join(str(each) for each in cells) + " |", flush=True)
 
 
 def measure(size: int, scheme: str, args: argparse.Namespace) -> tuple[float, float]:

@@ -68,6 +68,7 @@ def eval_lm(
     *,
     score_pad: bool = True,
     on_scores: Callable[[dict[str, Any], Scores], None] | None = None,
+    scorer: SequenceScorer | None = None,
 ) -> dict[str, float]:
     """Scores every target token of the batches and logs the mean loss and perplexity.
 
@@ -86,6 +87,8 @@ def eval_lm(
         score_pad: a padding symbol inside a row is a word like others. False leaves such targets
             out, as is right where targets are not the row shifted by one.
         on_scores: called with every batch and its scores.
+        scorer: scores the batches, whole ones alone; None makes one that `softmax_batch` and
+            `score_pad` describe, and that scores in parts what does not fit into memory.
 
     Returns:
         {"loss": bits per word, "perplexity": 2 ** loss, "tokens": how many were evaluated,
@@ -94,9 +97,7 @@ def eval_lm(
     Raises:
         ValueError: there was nothing to score.
     """
-    scorer = SequenceScorer(
-        target_dictionary or source_dictionary, softmax_batch, score_pad=score_pad
-    )
+    score = _scoring(scorer, target_dictionary or source_dictionary, softmax_batch, score_pad)
     joiner = WordJoiner(source_dictionary, post_process)
     device = device or _device_of(models[0])
     total, stats = LossSum(), WordStats() if output_word_stats else None
@@ -106,7 +107,7 @@ def eval_lm(
             continue
         on_device = utils.move_to_cuda(sample, device) if device.type != "cpu" else sample
         started_at = time.perf_counter()
-        scores = score_in_parts(scorer, models, on_device)
+        scores = score(models, on_device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds += time.perf_counter() - started_at
@@ -128,6 +129,15 @@ def eval_lm(
                 if stats is not None:
                     stats.add_row([word for word in words if not math.isinf(word.score)])
     return _report(total, stats, tokens, seconds)
+
+
+def _scoring(
+    scorer: SequenceScorer | None, dictionary: Any, softmax_batch: int | None, score_pad: bool
+) -> Callable[[Sequence[torch.nn.Module], dict[str, Any]], Scores]:
+    if scorer is not None:
+        return scorer.score
+    made = SequenceScorer(dictionary, softmax_batch, score_pad=score_pad)
+    return lambda models, sample: score_in_parts(made, models, sample)
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:

@@ -175,10 +175,15 @@ class SharedModel:
 
     def _join(self, _: nn.Module, args: Any, output: Any) -> Any:
         """Sums the loss, and gathers outputs where that is wanted."""
+        if self.batch is None or not self.batch.prepared:
+            raise ValueError(
+                f"{type(self.model).__name__} computed no attention of ALiBi, so each process "
+                "attended to its own part of the sequence alone; do not change the model's "
+                "attention implementation within the sequence-parallel context"
+            )
         if getattr(output, "loss", None) is not None:
             output.loss = total(output.loss, self.group)
         if self.how.gather_outputs:
-            assert self.batch is not None
             own = local_columns(self.batch.kept, self.batch.columns)
             for name in _GATHERED:
                 x = getattr(output, name, None)

@@ -4,8 +4,8 @@ A process computes the queries of its columns. `prepare` is told where its T que
 of the sequence stand; `attend` gets the keys and values of its own columns and brings those of the
 others in, in one of three ways:
 
-* `allgather`: every process gets all keys and values, which it keeps for the backward pass, and
-  attends with any other backend.
+* `allgather`: every process gets all keys and values, and attends with any other backend. It keeps
+  its own alone for the backward pass, which gathers and attends once more.
 * `ulysses`: every process gets all columns of some heads, and attends with any other backend
   (Jacobs et al. 2023, DeepSpeed Ulysses, arXiv:2309.14509).
 * `ring`: keys and values go round, see `fairseq/model_parallel/ring_attention.py`.
@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from fairseq.attention import (
     AttentionBackend,
     AttentionBias,
     AttentionRule,
+    MaskRule,
     Positions,
     Prepared,
 )
@@ -53,11 +55,33 @@ __all__ = [
 ]
 
 
-@dataclass(kw_only=True)
-class SequencePrepared(Prepared):
-    """What the other backend prepared, for each run of heads that is computed at once."""
+@dataclass(frozen=True)
+class Part:
+    """A run of queries and heads that the other backend computes at once.
 
-    parts: Sequence[Prepared]
+    Attributes:
+        rows: which of the T queries.
+        num_keys: of the S keys the first ones, that these queries may see.
+        prepared: what the other backend attends with.
+    """
+
+    rows: slice
+    num_keys: int
+    prepared: Prepared
+
+
+@dataclass(kw_only=True)
+class GatherPrepared(Prepared):
+    """What is computed at once, for each run of heads whose keys are gathered at once."""
+
+    runs: Sequence[Sequence[Part]]
+
+
+@dataclass(kw_only=True)
+class UlyssesPrepared(Prepared):
+    """What the other backend prepared for some heads of the whole sequence."""
+
+    inner: Prepared
 
 
 @dataclass(kw_only=True)
@@ -104,7 +128,6 @@ class SequenceParallelBackend(AttentionBackend):
                 "sequences, padded to a multiple, with `columns`, and no incremental state"
             )
         keys = Places(request.key_positions, request.key_is_padding, request.key_documents)
-        queries = Places(request.query_positions, None, request.query_documents)
         num_heads = request.bias.num_heads
         which = request.head_slice
         heads = slice(0, num_heads, 1) if which is None else slice(*which.indices(num_heads))
@@ -114,24 +137,26 @@ class SequenceParallelBackend(AttentionBackend):
             "dtype": request.dtype,
             "device": request.device,
         }
-        return self._prepare(request.bias, queries, keys, heads, options)
+        return self._prepare(request.bias, keys, heads, options)
 
     @abstractmethod
     def _prepare(
         self,
         bias: AttentionBias,
-        queries: Places,
         keys: Places,
         heads: slice,
         options: dict[str, Any],
     ) -> Prepared:
-        """Prepares for queries of this process and all keys, in the order of the sequence."""
+        """Prepares for all keys, in the order of the sequence; the queries stand among them."""
 
-    def _in_order_of_ranks(self, places: Places) -> Places:
-        """Returns the places of the columns of process 0, 1, ..., as collectives join them."""
+    def _in_order(self, x: torch.Tensor) -> torch.Tensor:
+        """Puts columns (..., S, K) that came from process 0, 1, ... in the order of the sequence.
+
+        Positions are a range then, which more backends take than positions one by one.
+        """
         if self.layout.num_segments == 1:
-            return places
-        return places.at(self.layout.order(_length(places.positions)))
+            return x
+        return x.index_select(-2, self.layout.order(x.size(-2)).argsort().to(x.device))
 
     def _inner_prepare(
         self,
@@ -182,22 +207,32 @@ class AllGatherBackend(SequenceParallelBackend):
         self.heads_k_stride = heads_k_stride
 
     def _prepare(
-        self,
-        bias: AttentionBias,
-        queries: Places,
-        keys: Places,
-        heads: slice,
-        options: dict[str, Any],
-    ) -> SequencePrepared:
-        ordered = self._in_order_of_ranks(keys)
-        return SequencePrepared(
+        self, bias: AttentionBias, keys: Places, heads: slice, options: dict[str, Any]
+    ) -> GatherPrepared:
+        return GatherPrepared(
             self,
             key_is_padding=keys.is_padding,
-            parts=[
-                self._inner_prepare(bias, queries, ordered, some, options)
-                for some in self._runs(heads)
-            ],
+            runs=[self._parts(bias, keys, some, options) for some in self._runs(heads)],
         )
+
+    def _parts(
+        self, bias: AttentionBias, keys: Places, heads: slice, options: dict[str, Any]
+    ) -> list[Part]:
+        """Returns the parts of a run of heads: a part for each run of successive columns."""
+        length, parts, first = _length(keys.positions), [], 0
+        rule = options["rule"]
+        is_causal = isinstance(rule, MaskRule) and rule.is_causal
+        for segment in self.layout.segments(self.rank, length):
+            # Where columns are in order of time, no query sees what follows its own segment.
+            ends = is_causal and isinstance(keys.positions, range)
+            num_keys = segment.stop if ends else length
+            prepared = self._inner_prepare(
+                bias, keys.at(segment), keys.at(range(num_keys)), heads, options
+            )
+            rows = slice(first, first + len(segment))
+            parts.append(Part(rows, num_keys, prepared))
+            first = rows.stop
+        return parts
 
     def _runs(self, heads: slice) -> list[slice]:
         num_heads = heads.stop - heads.start
@@ -219,17 +254,45 @@ class AllGatherBackend(SequenceParallelBackend):
         dropout_p: float = 0.0,
         scale: float | None = None,
     ) -> torch.Tensor:
-        assert isinstance(prepared, SequencePrepared)
-        num_parts = len(prepared.parts)
-        outs = []
-        for part, some_q, some_k, some_v in zip(
-            prepared.parts, *(each.chunk(num_parts, dim=1) for each in (q, k, v)), strict=True
-        ):
-            both = gather_columns(torch.stack([some_k, some_v]), self.group, -2)  # (2, B, H, S, K)
-            all_k, all_v = both.unbind()
-            out = self.inner.attend(some_q, all_k, all_v, part, dropout_p=dropout_p, scale=scale)
+        assert isinstance(prepared, GatherPrepared)
+        runs, outs = prepared.runs, []
+        for parts, *some in zip(runs, *(x.chunk(len(runs), dim=1) for x in (q, k, v)), strict=True):
+            if torch.is_grad_enabled() and any(x.requires_grad for x in some):
+                # What is gathered would be kept for the backward pass, 2 B S D numbers a layer.
+                out = checkpoint(
+                    self._gather_and_attend,
+                    *(some, parts, dropout_p, scale),
+                    use_reentrant=False,
+                    preserve_rng_state=dropout_p > 0,
+                )
+            else:
+                out = self._gather_and_attend(some, parts, dropout_p, scale)
             outs.append(out)
-        return outs[0] if num_parts == 1 else torch.cat(outs, dim=1)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def _gather_and_attend(
+        self,
+        some: Sequence[torch.Tensor],
+        parts: Sequence[Part],
+        dropout_p: float,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Attends with some heads of queries, keys and values."""
+        q, k, v = some
+        both = gather_columns(torch.stack([k, v]), self.group, -2)
+        all_k, all_v = self._in_order(both).unbind()  # (B, H, S, K)
+        outs = [
+            self.inner.attend(
+                q[:, :, part.rows],
+                all_k[:, :, : part.num_keys],
+                all_v[:, :, : part.num_keys],
+                part.prepared,
+                dropout_p=dropout_p,
+                scale=scale,
+            )
+            for part in parts
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
 class UlyssesBackend(SequenceParallelBackend):
@@ -238,13 +301,8 @@ class UlyssesBackend(SequenceParallelBackend):
     name = "ulysses"
 
     def _prepare(
-        self,
-        bias: AttentionBias,
-        queries: Places,
-        keys: Places,
-        heads: slice,
-        options: dict[str, Any],
-    ) -> SequencePrepared:
+        self, bias: AttentionBias, keys: Places, heads: slice, options: dict[str, Any]
+    ) -> UlyssesPrepared:
         num_heads = heads.stop - heads.start
         if num_heads % self.layout.size:
             raise ValueError(
@@ -254,10 +312,8 @@ class UlyssesBackend(SequenceParallelBackend):
             )
         each = num_heads // self.layout.size
         first = heads.start + self.rank * each
-        ordered = self._in_order_of_ranks(keys)
-        queries = Places(ordered.positions, None, ordered.documents)
-        part = self._inner_prepare(bias, queries, ordered, slice(first, first + each, 1), options)
-        return SequencePrepared(self, key_is_padding=keys.is_padding, parts=[part])
+        inner = self._inner_prepare(bias, keys, keys, slice(first, first + each, 1), options)
+        return UlyssesPrepared(self, key_is_padding=keys.is_padding, inner=inner)
 
     def attend(
         self,
@@ -269,11 +325,12 @@ class UlyssesBackend(SequenceParallelBackend):
         dropout_p: float = 0.0,
         scale: float | None = None,
     ) -> torch.Tensor:
-        assert isinstance(prepared, SequencePrepared)
+        assert isinstance(prepared, UlyssesPrepared)
         together = swap_heads_and_columns(torch.stack([q, k, v]), self.group, to_heads=True)
-        (part,) = prepared.parts
-        q, k, v = together.unbind()  # (B, H / G, S, K)
-        out = self.inner.attend(q, k, v, part, dropout_p=dropout_p, scale=scale)
+        q, k, v = self._in_order(together).unbind()  # (B, H / G, S, K)
+        out = self.inner.attend(q, k, v, prepared.inner, dropout_p=dropout_p, scale=scale)
+        if self.layout.num_segments > 1:
+            out = out.index_select(-2, self.layout.order(out.size(-2)).to(out.device))
         return swap_heads_and_columns(out, self.group, to_heads=False)
 
 
@@ -283,12 +340,7 @@ class RingBackend(SequenceParallelBackend):
     name = "ring"
 
     def _prepare(
-        self,
-        bias: AttentionBias,
-        queries: Places,
-        keys: Places,
-        heads: slice,
-        options: dict[str, Any],
+        self, bias: AttentionBias, keys: Places, heads: slice, options: dict[str, Any]
     ) -> RingPrepared:
         length = _length(keys.positions)
         held = [self.layout.segments(rank, length) for rank in range(self.layout.size)]

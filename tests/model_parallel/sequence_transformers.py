@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from fairseq.huggingface import apply_alibi
+from fairseq.model_parallel.layout import SequenceLayout
 from fairseq.model_parallel.sequence_parallel import SequenceParallelContextManager
 
 WORDS = 64
@@ -95,6 +96,9 @@ def is_one_process(model: Any, batch: Any, scheme: str, layout: str) -> str:
     with SequenceParallelContextManager(model, size, ring_attn_func=scheme, layout=layout):
         output = model(**batch)
         output.loss.backward()
+    padded = SequenceLayout(size, layout).padded(batch["input_ids"].size(1))
+    if output.logits.size(1) != padded // size:
+        return f"logits of {output.logits.size(1)} columns, not of its own"
     if abs(float(output.loss - expected.loss)) > 1e-5:
         return f"loss {output.loss} not {expected.loss}"
     for name, p in model.named_parameters():
@@ -120,6 +124,7 @@ def transformers_cases() -> dict[str, str]:
             for kind, batch in (("padded", batch_of()), ("packed", packed_batch())):
                 name = f"{make.__name__} {scheme} {layout} {kind}"
                 found[name] = is_one_process(model, batch, scheme, layout)
+    found["bypassed"] = bypassed_attention()
     found |= {f"logits {layout}": kept_logits(layout) for layout in ("contiguous", "zigzag")}
     for variant in ("symmetric", "split_heads"):
         encoder = model_of(bert, variant=variant)
@@ -131,6 +136,21 @@ def transformers_cases() -> dict[str, str]:
         is_same = torch.allclose(out[is_seen], expected[is_seen], rtol=1e-4, atol=1e-6)
         found[f"bert {variant}"] = "" if is_same else "another output"
     return found
+
+
+def bypassed_attention() -> str:
+    """Attention that is changed meanwhile would see this process's columns alone."""
+    for name, message in (("sdpa", "without ALiBi"), ("alibi", "no attention of ALiBi")):
+        model, said = model_of(gpt2), ""
+        with SequenceParallelContextManager(model, dist.get_world_size()):
+            model.config._attn_implementation = name
+            try:
+                model(**batch_of())
+            except (ValueError, RuntimeError) as error:
+                said = str(error)
+        if message not in said:
+            return f"{name}: {said!r}"
+    return ""
 
 
 def kept_logits(layout: str) -> str:

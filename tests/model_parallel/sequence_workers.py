@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
+from sequence_evaluation import evaluation_cases, refusal
 from sequence_memory import trains_in_little_memory
 from sequence_training import training_cases
 from tiny_models import TINY, build, tiny_wiki103
@@ -313,11 +314,13 @@ def model_cases() -> dict[str, str]:
     found = {}
     task = Task()
     plain = CrossEntropyCriterion(task)
-    for method in METHODS:
+    for number, method in enumerate(METHODS):
         extra = {"alibi_learned_slopes": True} if method == "alibi" else {}
-        for mask in ("none", "line"):
+        # Documents with one scheme for each method, since both are one code for all.
+        for mask, schemes in (("none", SCHEMES), ("line", [SCHEMES[number % len(SCHEMES)]])):
             model = model_of(method, document_mask=mask, **extra)
-            for scheme, layout in zip(SCHEMES, (LAYOUTS[1], LAYOUTS[0], LAYOUTS[1]), strict=True):
+            for scheme in schemes:
+                layout = LAYOUTS[scheme != "ring"]
                 found[f"{method} {mask} {scheme}"] = is_one_process(
                     model, plain, scheme, layout, sample_of()
                 )
@@ -366,6 +369,16 @@ def gathered_outputs() -> dict[str, Any]:
         found[f"outputs {layout}"] = same(out, expected, 1e-6)
         found[f"gradients {layout}"] = all(are_same)
         found[f"as before {layout}"] = torch.equal(model(tokens)[0], expected)
+    # Two models in one context, called in turn with other lengths.
+    other, shorter = model_of("sinusoidal"), tokens[:, :6]
+    lengths = [model(tokens)[0], other(shorter)[0], model(tokens)[0]]
+    with SequenceParallelContextManager([model, other], size, gather_outputs=True):
+        outs = [model(tokens)[0], other(shorter)[0], model(tokens)[0]]
+    found["two models"] = all(same(a, b, 1e-6) for a, b in zip(outs, lengths, strict=True))
+    try:
+        SequenceParallelContextManager(torch.nn.Linear(2, 2), size).__enter__()
+    except ValueError as error:
+        found["foreign attention is refused"] = "attends neither by a backend" in str(error)
     return found
 
 
@@ -459,6 +472,7 @@ def everything(cfg: Any, folder: str) -> None:
         "gathered": gathered_outputs,
         "dropout": dropout_cases,
         "training": functools.partial(training_cases, size),
+        "evaluation": lambda: {"losses": evaluation_cases(), "refusal": refusal()},
     }
     if transformers_cases is not None:
         parts["transformers"] = transformers_cases

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from fairseq import options
+from fairseq.dataclass.legacy import namespace_to_config
 from fairseq.model_parallel.layout import SequenceLayout
 from fairseq.model_parallel.sequence_batch import apply_sequence_parallelism
 from fairseq.model_parallel.sequence_parallel import SequenceParallelContextManager
+from fairseq_cli import generate
 
 
 def parts(batch, size, **options):
@@ -23,6 +26,8 @@ def test_layouts_by_hand():
     assert zigzag.order(8).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
     assert [contiguous.padded(n) for n in (1, 8, 9)] == [2, 8, 10]
     assert [zigzag.padded(n) for n in (1, 8, 9)] == [4, 8, 12]
+    many = SequenceLayout(128)
+    assert {len(many.columns(r, many.padded(300))) for r in range(128)} == {3}
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -130,6 +135,14 @@ def test_settings_that_contradict_each_other():
         SequenceParallelContextManager(model, 1, ring_attn_func="batch_stripe")
     with pytest.raises(ValueError, match="does not divide the 1"):
         SequenceParallelContextManager(model, 2)
+
+
+@pytest.mark.parametrize("flag", ["--sequence-parallel-size", "--tensor-parallel-size"])
+def test_commands_that_generate_refuse_a_mesh(flag):
+    parser = options.get_generation_parser()
+    args = options.parse_args_and_arch(parser, ["data", "--path", "model.pt", flag, "2"])
+    with pytest.raises(ValueError, match=f"{flag} 2 does not go with this command"):
+        generate.main(namespace_to_config(args))
 
 
 def test_a_process_on_its_own_changes_nothing():

@@ -6,6 +6,8 @@ import pytest
 import sequence_workers as workers
 import torch
 from distributed_workers import settings
+from eval_runs import GOLDEN, recorded
+from sequence_evaluation import validated
 from sequence_training import in_one_process
 
 from fairseq.distributed.utils import call_main
@@ -43,11 +45,24 @@ def test_models_equal_one_process(found, part):
         assert {name: what for name, what in worker.items() if what} == {}
 
 
+def test_evaluation_equals_one_process(found):
+    """eval-lm has the golden losses on all processes, validate those of one."""
+    losses = {name: each["loss_base2"] for name, each in recorded(GOLDEN).items()}
+    losses |= validated()
+    for worker in found("evaluation"):
+        assert len(worker["losses"]) >= 10
+        for name, figures in worker["losses"].items():
+            case = name.split()[0]
+            assert figures["loss"] == pytest.approx(losses[case], abs=1e-5), name
+            assert figures.get("tokens", 5601) == 5601, name
+        assert "--tensor-parallel-size 2 is for training" in worker["refusal"]
+
+
 def test_a_sequence_too_long_for_one_process_trains_on_four(found):
     workers_found = found("memory")
     assert "allocate memory" in workers_found[0]["alone"]
     first, second = workers_found[0]["losses"]
-    assert 3.0 < second < first  # about log 50 at first
+    assert 3.0 < second < first == pytest.approx(workers_found[0]["with room"], rel=1e-5)
     assert all(worker["losses"] == [first, second] for worker in workers_found)
 
 
