@@ -16,7 +16,7 @@ import pytest
 from fairseq import options
 from fairseq.positions import PositionConfig
 from fairseq.registry import COMPONENT_REGISTRIES, CRITERIONS, LR_SCHEDULERS, OPTIMIZERS
-from fairseq_cli import score
+from fairseq_cli import export, score
 
 ROOT = Path(__file__).parents[1]
 
@@ -668,3 +668,24 @@ def test_flags_that_come_along_are_listed_in_the_document():
 def test_flags_that_come_along_are_accepted(command):
     accepted = {spellings[0] for spellings, _ in rows(ACCEPTED[command])}
     assert set(CAME_ALONG[command].split()) <= accepted
+
+
+# Flag, where its value is kept, and a value.
+EXPORT = [
+    *(("--path", "path", "x"), ("--output", "output", "y"), ("--dict", "dict", "d")),
+    *(("--to", "to", "hf"), ("--to", "to", "safetensors")),
+    *(("--from", "source", "hf"), ("--from", "source", "safetensors")),
+]
+
+
+@pytest.mark.parametrize(("flag", "name", "value"), EXPORT)
+def test_flags_of_export(flag, name, value):
+    """Either --to or --from is given, so the command line differs by flag."""
+    parser = export.get_parser()
+    base = ["--path", "x", "--output", "y", "--dict", "d"]
+    direction = [] if flag in ("--to", "--from") else ["--to", "hf"]
+    found = vars(parser.parse_args([*base, *direction, flag, value]))
+    assert found[name] == value
+    assert f"args.{name}" in inspect.getsource(export)
+    known = {spelling for action in parser._actions for spelling in action.option_strings}
+    assert known == {row[0] for row in EXPORT} | {"-h", "--help"}
