@@ -6,6 +6,7 @@ are those of an update under torch's profiler, by operator and by what it is par
 is JSON.
 
     scripts/bench_where.py                     # 32,768 tokens in rows of 512, 4,096, 32,768
+    scripts/bench_where.py --case 2            # one of these, counted from 0, in this process
     scripts/bench_where.py --only width        # 128 to 1,024
     scripts/bench_where.py --only vocabulary   # 6,424 to 267,744 words
 """
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_tools import build_trainer, first_batch, model_flags, report, seconds_of, write_data
+from bench_tools import build_trainer, first_batch, model_flags, report, write_data
 from bench_training import DROPOUTS, dropout_flags
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -37,7 +38,7 @@ CASES: dict[str, list[tuple[int, int, int, int, int, int, str]]] = {
     "length": [
         (512, 64, 2, 128, 4, 6424, SMALL),
         (4096, 8, 2, 128, 4, 6424, SMALL),
-        (32768, 1, 2, 128, 4, 6424, SMALL),
+        (32768, 1, 2, 64, 2, 6424, SMALL),
     ],
     "width": [(512, 4, 4, width, 8, 6424, SMALL) for width in (128, 256, 512, 1024)],
     "vocabulary": [
@@ -63,20 +64,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=CASES, default="length")
-    parser.add_argument("--runs", type=int, default=3, help="updates that count")
     parser.add_argument("--case", type=int, help="measure this one in this process")
     options = parser.parse_args()
     if options.case is not None:
-        print(json.dumps(measure(CASES[options.only][options.case], options.runs)))
+        print(json.dumps(measure(CASES[options.only][options.case])))
         return
     rows = []
     for number in range(len(CASES[options.only])):
         command = [sys.executable, *sys.argv, "--case", str(number)]
         rows.append(json.loads(subprocess.check_output(command).splitlines()[-1]))
+        print(json.dumps(rows[-1]), flush=True)
     report(f"where_{options.only}", rows)
 
 
-def measure(case: tuple[int, int, int, int, int, int, str], runs: int) -> dict[str, Any]:
+def measure(case: tuple[int, int, int, int, int, int, str]) -> dict[str, Any]:
     """Measures the updates of one case: time, memory by stage, shares."""
     length, rows, layers, width, heads, words, cutoffs = case
     tokens = rows * length
@@ -91,9 +92,8 @@ def measure(case: tuple[int, int, int, int, int, int, str], runs: int) -> dict[s
     row["model MiB"] = sum(p.numel() for p in trainer.get_model().parameters()) * 4 / 2**20
     row["validation MiB"] = grown_by(lambda: trainer.valid_step(batch))
     row["update MiB"] = row["validation MiB"] + grown_by(lambda: trainer.train_step([batch]))
-    seconds = seconds_of({"update": lambda: trainer.train_step([batch])}, runs)["update"]
-    row |= {"seconds": seconds, "tok/s": tokens / seconds}
-    return row | shares(trainer, batch)
+    seconds, parts = shares(trainer, batch)
+    return row | {"seconds": seconds, "tok/s": tokens / seconds} | parts
 
 
 def grown_by(function: Callable[[], object]) -> float:
@@ -103,8 +103,8 @@ def grown_by(function: Callable[[], object]) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def shares(trainer: Any, batch: dict[str, Any]) -> dict[str, float]:
-    """Returns which share of an update each part takes."""
+def shares(trainer: Any, batch: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    """Returns how long an update takes under the profiler, and which share each part takes."""
     mark_parts(trainer.get_model())
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         began = time.perf_counter()
@@ -115,9 +115,8 @@ def shares(trainer: Any, batch: dict[str, Any]) -> dict[str, float]:
         seconds[part_of(event)] += event.self_cpu_time_total / 1e6
     rest = whole - sum(s for part, s in seconds.items() if part != "rest")
     named = ("products", *PARTS)
-    return {part: round(seconds[part] / whole, 3) for part in named} | {
-        "rest": round(rest / whole, 3)
-    }
+    parts = {part: round(seconds[part] / whole, 3) for part in named}
+    return whole, parts | {"rest": round(rest / whole, 3)}
 
 
 def mark_parts(model: Any) -> None:
