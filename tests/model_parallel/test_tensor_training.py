@@ -21,11 +21,6 @@ LAYOUTS = {
         "--tensor-parallel-size 2 --data-parallel ddp --update-freq 2",
     ),
     "dp2_tp2_plain": (4, "plain", "--tensor-parallel-size 2 --update-freq 2"),
-    "fsdp2_tp2_plain": (
-        4,
-        "plain",
-        "--tensor-parallel-size 2 --data-parallel fsdp2 --update-freq 2",
-    ),
     "fsdp2_tp2_fire": (
         4,
         "fire",
@@ -62,7 +57,8 @@ def folder(tmp_path_factory):
     }
     multiprocessing.set_forkserver_preload([training_cases.__name__])
     launch(4, layouts[4], path)
-    launch(2, layouts[2], path)
+    refused = run("refused", "half", "--tensor-parallel-size 2 --data-parallel ddp")
+    launch(2, {**layouts[2], "refused": refused}, path)
     for model in training_cases.MODELS:
         alone = training_cases.run(
             str(path), f"one_{model}", model, "--update-freq 4 --max-update 3"
@@ -96,6 +92,11 @@ def test_a_layout_trains_as_one_process_does(name, folder):
     assert list(ours) == [1, 2, 3]
     assert_same_curve(ours, findings(folder, model, 1)[0])
     assert_close_files(folder / name, folder / f"one_{model}")
+
+
+def test_half_precision_in_copies_of_cut_weights_is_refused(folder):
+    with pytest.raises(AssertionError, match="keeps float32 shards, which --data-parallel ddp"):
+        findings(folder, "refused", 2)
 
 
 def test_half_precision_with_cut_weights(folder):
