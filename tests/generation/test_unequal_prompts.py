@@ -86,7 +86,7 @@ def test_documents(method, document_mask, beam):
         {"max_len_b": 4, "min_len": 1, "beam_size": 2},
         {"max_len_b": 70, "min_len": 66, "beam_size": 2},
     ],
-    ids=str,
+    ids=" ".join,
 )
 @pytest.mark.parametrize("before", [True, False], ids=["norms-first", "norms-last"])
 def test_options(options, before):
