@@ -5,23 +5,26 @@ Several processes may encode, one writes; what is written does not depend on the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from fairseq.data.alignments import AlignmentParser
 from fairseq.data.binary_files import TokenWriter
 from fairseq.data.dictionary import Dictionary, Tokenizer
+from fairseq.data.text_encoding import ChunkEncoder, EncodedLines, NumberedText
 from fairseq.data.text_file import check_text_file, map_chunks, split_lines
 from fairseq.tokenizer import tokenize_line
 
-__all__ = ["BinarizeSummary", "binarize_alignments", "binarize_text"]
+__all__ = ["BinarizeSummary", "binarize_alignments", "binarize_numbered", "binarize_text"]
 
 OnProgress = Callable[[int], object]
+
+_Encoded = tuple[EncodedLines, int]
+"""A chunk in ids, and how many of its words the dictionary lacks."""
 
 _UNK_IN_TEXT = -1
 """Stands, while a chunk is encoded, for the unknown word where the text itself has it."""
@@ -45,22 +48,6 @@ class BinarizeSummary:
     def percent_replaced(self) -> float:
         """Returns the replaced words in percent of the tokens, 0 for an empty text."""
         return 100 * self.replaced / self.tokens if self.tokens else 0.0
-
-
-class EncodedLines(NamedTuple):
-    """The lines of a chunk of text, as ids.
-
-    Attributes:
-        ids: of all lines, one after the other.
-        sizes: ids per line.
-        is_open: the last line goes on in the next chunk, its end is still missing.
-        replaced: words that the dictionary lacks.
-    """
-
-    ids: np.ndarray
-    sizes: np.ndarray
-    is_open: bool
-    replaced: int
 
 
 def binarize_text(
@@ -91,31 +78,43 @@ def binarize_text(
         ValueError: it is empty or not UTF-8.
     """
     check_text_file(path)
-    encoder_class = _ChunkEncoder
+    encoder_class = _DictionaryEncoder
     if type(dictionary).encode_line is not Dictionary.encode_line:
         encoder_class = _LineEncoder
     encode = encoder_class(dictionary, tokenize, append_eos, reverse_order)
-    summary = BinarizeSummary()
-    carried = 0  # ids written of a line that is not finished
-    is_open = False
-    for lines in map_chunks(
+    chunks = map_chunks(
         encode,
         path,
         workers=workers,
         whole_lines=encode.needs_whole_lines,
         on_progress=on_progress,
-    ):
+    )
+    return _write(chunks, builder, dictionary.eos() if append_eos else None)
+
+
+def binarize_numbered(
+    text: NumberedText, dictionary: Dictionary, builder: TokenWriter
+) -> BinarizeSummary:
+    """Does what `binarize_text` does, for a text that was read already and kept in numbers."""
+    return _write(_in_ids(text, dictionary), builder, dictionary.eos())
+
+
+def _write(chunks: Iterable[_Encoded], builder: TokenWriter, end: int | None) -> BinarizeSummary:
+    summary = BinarizeSummary()
+    carried = 0  # ids written of a line that is not finished
+    is_open = False
+    for lines, replaced in chunks:
         builder.write_tokens(lines.ids)
         sizes = lines.sizes
         sizes[0] += carried
         is_open = lines.is_open
         carried = int(sizes[-1]) if is_open else 0
         _end_lines(builder, sizes[:-1] if is_open else sizes, summary)
-        summary.replaced += lines.replaced
+        summary.replaced += replaced
     if is_open:
-        if append_eos:
-            builder.write_tokens(np.array([dictionary.eos()], dtype=np.int32))
-        _end_lines(builder, np.array([carried + append_eos]), summary)
+        if end is not None:
+            builder.write_tokens(np.array([end], dtype=np.int32))
+        _end_lines(builder, np.array([carried + (end is not None)]), summary)
     return summary
 
 
@@ -125,54 +124,34 @@ def _end_lines(builder: TokenWriter, sizes: np.ndarray, summary: BinarizeSummary
     summary.tokens += int(sizes.sum())
 
 
-class _ChunkEncoder:
-    """Encodes the lines of a chunk together."""
+class _DictionaryEncoder(ChunkEncoder):
+    """Gives words the ids that a dictionary has for them."""
 
     def __init__(
         self, dictionary: Dictionary, tokenize: Tokenizer, append_eos: bool, reverse_order: bool
     ) -> None:
-        self.dictionary = dictionary
-        self.tokenize = tokenize
-        self.append_eos = append_eos
-        self.reverse_order = reverse_order
-        self._id_of = dict(dictionary.indices)
-        if dictionary.index(dictionary.unk_word) == dictionary.unk():
-            self._id_of[dictionary.unk_word] = _UNK_IN_TEXT
-
-    @property
-    def needs_whole_lines(self) -> bool:
-        """Tells whether a line cannot be encoded in parts."""
-        return self.reverse_order or self.tokenize is not tokenize_line
-
-    def __call__(self, text: str) -> EncodedLines:
-        lines = split_lines(text)
-        is_open = lines[-1] != ""
-        words = [self.tokenize(line) for line in (lines if is_open else lines[:-1])]
-        if self.reverse_order:
-            words = [line[::-1] for line in words]
-        sizes = np.fromiter(map(len, words), np.int64, len(words))
-        ids = self._ids(chain.from_iterable(words), int(sizes.sum()))
-        unk = self.dictionary.unk()
-        replaced = int(np.count_nonzero(ids == unk))
-        ids[ids == _UNK_IN_TEXT] = unk
-        if self.append_eos:
-            num_ended = len(words) - is_open
-            ids = np.insert(ids, np.cumsum(sizes)[:num_ended], self.dictionary.eos())
-            sizes[:num_ended] += 1
-        return EncodedLines(ids, sizes, is_open, replaced)
-
-    def _ids(self, words: chain[str], count: int) -> np.ndarray:
-        return np.fromiter(
-            map(self._id_of.get, words, repeat(self.dictionary.unk())), np.int32, count
+        super().__init__(
+            tokenize,
+            dictionary.eos() if append_eos else None,
+            reverse_order=reverse_order,
+            known=_known(dictionary),
         )
+        self.dictionary = dictionary
+
+    def look_up(self, words: Iterable[str], count: int) -> np.ndarray:
+        unk = self.dictionary.unk()
+        return np.fromiter(map(self.known.get, words, repeat(unk)), np.int32, count)
+
+    def __call__(self, text: str) -> _Encoded:
+        return _count_replaced(self.encode(text), self.dictionary.unk())
 
 
-class _LineEncoder(_ChunkEncoder):
+class _LineEncoder(_DictionaryEncoder):
     """Encodes line by line, for dictionaries with an `encode_line` of their own."""
 
     needs_whole_lines = True
 
-    def __call__(self, text: str) -> EncodedLines:
+    def __call__(self, text: str) -> _Encoded:
         lines = split_lines(text)
         lines = lines if lines[-1] else lines[:-1]
         replaced: list[str] = []
@@ -187,13 +166,34 @@ class _LineEncoder(_ChunkEncoder):
                 line_tokenizer=self.tokenize,
                 add_if_not_exist=False,
                 consumer=note,
-                append_eos=self.append_eos,
+                append_eos=self.end is not None,
                 reverse_order=self.reverse_order,
             ).numpy()
             for line in lines
         ]
         sizes = np.array([len(ids) for ids in encoded], dtype=np.int64)
-        return EncodedLines(np.concatenate(encoded), sizes, False, len(replaced))
+        return EncodedLines(np.concatenate(encoded), sizes, False), len(replaced)
+
+
+def _known(dictionary: Dictionary) -> dict[str, int]:
+    """Returns ids by word, in which the unknown word of the text itself has an id of its own."""
+    known = dict(dictionary.indices)
+    if dictionary.index(dictionary.unk_word) == dictionary.unk():
+        known[dictionary.unk_word] = _UNK_IN_TEXT
+    return known
+
+
+def _count_replaced(lines: EncodedLines, unk: int) -> _Encoded:
+    replaced = int(np.count_nonzero(lines.ids == unk))
+    lines.ids[lines.ids == _UNK_IN_TEXT] = unk
+    return lines, replaced
+
+
+def _in_ids(text: NumberedText, dictionary: Dictionary) -> Iterator[_Encoded]:
+    """Yields the chunks of a text whose words are known, with the ids of a dictionary."""
+    table = text.ids_of_words(_known(dictionary), dictionary.eos(), dictionary.unk())
+    for chunk in text.chunks():
+        yield _count_replaced(chunk._replace(ids=table[chunk.ids]), dictionary.unk())
 
 
 def binarize_alignments(

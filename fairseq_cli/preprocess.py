@@ -16,13 +16,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fairseq import options
-from fairseq.binarizer import binarize_alignments, binarize_text
+from fairseq.binarizer import binarize_alignments, binarize_numbered, binarize_text
 from fairseq.data import indexed_dataset
 from fairseq.data.alignments import most_frequent_translations
 from fairseq.data.dictionary import Dictionary
+from fairseq.data.text_encoding import NumberedText, number_text
 from fairseq.data.text_file import check_text_file, map_chunks
 from fairseq.logging.progress_bar import log_to_file
 from fairseq.registry import TASKS
@@ -63,7 +64,12 @@ def main(args: argparse.Namespace) -> None:
         ValueError: options contradict each other, or an input is empty, not UTF-8 or malformed.
     """
     _check_options(args)
-    job = _Job(args)
+    with contextlib.ExitStack() as files:
+        _run_job(_Job(args, files))
+
+
+def _run_job(job: _Job) -> None:
+    args = job.args
     _check_inputs(job)
     _warn_of_idle_options(args)
     with _destination(Path(args.destdir)) as folder, _log_file(folder / "preprocess.log"):
@@ -94,15 +100,22 @@ class Split:
 
 
 class _Job:
-    """The arguments, and the names of files that follow from them."""
+    """The arguments, the names of files that follow from them, and what was read so far."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, files: contextlib.ExitStack) -> None:
         self.args = args
         self.folder = Path(args.destdir)
+        self.files = files
+        self.numbered: dict[str, NumberedText] = {}  # training texts that were read, by path
 
     @property
     def has_target(self) -> bool:
         return not self.args.only_source
+
+    @property
+    def is_encoded(self) -> bool:
+        """Tells whether texts become ids, not only dictionaries."""
+        return not self.args.dict_only and self.args.dataset_impl != "raw"
 
     @property
     def languages(self) -> list[str | None]:
@@ -312,12 +325,23 @@ def _build(job: _Job, languages: list[str | None], side: str) -> Dictionary:
         return built
     dictionary = Dictionary()
     for path in paths:
-        with _progress(path, "counting") as on_progress:
-            Dictionary.add_file_to_dictionary(
-                path, dictionary, num_workers=args.workers, on_progress=on_progress
+        with _progress(path, "reading") as on_progress:
+            text = number_text(
+                path,
+                workers=args.workers,
+                keep_in=_scratch_file(job) if job.is_encoded else None,
+                on_progress=on_progress,
             )
+        dictionary.add_text(text)
+        if job.is_encoded:
+            job.numbered[path] = text
     dictionary.finalize(**limits)
     return dictionary
+
+
+def _scratch_file(job: _Job) -> IO[bytes]:
+    """Returns a file without a name, on the disk of those that are written."""
+    return job.files.enter_context(tempfile.TemporaryFile(dir=job.folder))
 
 
 def _make_all(job: _Job, language: str | None, dictionary: Dictionary) -> None:
@@ -336,13 +360,14 @@ def _make_binary_dataset(
     job: _Job, language: str | None, dictionary: Dictionary, path: str, output: Path
 ) -> None:
     logger.info("[%s] Dictionary: %d types", language, len(dictionary))
-    with (
-        _builder(job, output, len(dictionary)) as builder,
-        _progress(path, "encoding") as on_progress,
-    ):
-        summary = binarize_text(
-            path, dictionary, builder, workers=job.args.workers, on_progress=on_progress
-        )
+    with _builder(job, output, len(dictionary)) as builder:
+        if path in job.numbered:
+            summary = binarize_numbered(job.numbered[path], dictionary, builder)
+        else:
+            with _progress(path, "encoding") as on_progress:
+                summary = binarize_text(
+                    path, dictionary, builder, workers=job.args.workers, on_progress=on_progress
+                )
     logger.info(
         f"[{language}] {path}: {summary.sentences} sents, {summary.tokens} tokens, "
         f"{summary.percent_replaced:.3}% replaced by {dictionary.unk_word}"

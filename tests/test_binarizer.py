@@ -3,15 +3,22 @@
 import io
 import itertools
 import re
+import tempfile
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq.binarizer import BinarizeSummary, binarize_alignments, binarize_text
-from fairseq.data import Dictionary, text_file
+from fairseq.binarizer import (
+    BinarizeSummary,
+    binarize_alignments,
+    binarize_numbered,
+    binarize_text,
+)
+from fairseq.data import Dictionary, text_encoding, text_file
 from fairseq.data.indexed_dataset import make_builder, make_dataset
+from fairseq.data.text_encoding import number_text
 
 WORDS = ["a", "b", "é", "\U0001f600x"]
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -45,6 +52,21 @@ def binarize(folder, dictionary, data, **options):
     return [dataset.read(i).tolist() for i in range(len(dataset))], summary
 
 
+def binarize_in_numbers(folder, dictionary, data, workers=1):
+    """The same, for a text whose words were numbered before the dictionary was there."""
+    (folder / "text.txt").write_bytes(data)
+    with tempfile.TemporaryFile() as file:
+        text = number_text(folder / "text.txt", workers=workers, keep_in=file)
+        with make_builder(folder / "out.bin", "mmap", len(dictionary)) as builder:
+            summary = binarize_numbered(text, dictionary, builder)
+            builder.finalize(folder / "out.idx")
+    dataset = make_dataset(folder / "out", "mmap")
+    return [dataset.read(i).tolist() for i in range(len(dataset))], summary
+
+
+BOTH_WAYS = pytest.mark.parametrize("encode", [binarize, binarize_in_numbers])
+
+
 def expected_of(text):
     """Encodes a text in the plainest way; returns the items and how many words are unknown."""
     ids = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *WORDS])}
@@ -57,16 +79,18 @@ def expected_of(text):
     return items, replaced
 
 
-@given(NASTY, st.sampled_from([1, 2, 3, 5, 8, 1 << 20]))
-def test_any_text_in_any_chunks(folder, dictionary, text, chunk_bytes):
+@BOTH_WAYS
+@given(text=NASTY, chunk_bytes=st.sampled_from([1, 2, 3, 5, 8, 1 << 20]))
+def test_any_text_in_any_chunks(folder, dictionary, encode, text, chunk_bytes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_file, "CHUNK_BYTES", chunk_bytes)
-        items, summary = binarize(folder, dictionary, text.encode())
+        items, summary = encode(folder, dictionary, text.encode())
     expected, replaced = expected_of(text)
     assert items == expected
     assert summary == BinarizeSummary(len(items), sum(map(len, items)), replaced)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 @pytest.mark.parametrize(
     "text",
@@ -78,11 +102,37 @@ def test_any_text_in_any_chunks(folder, dictionary, text, chunk_bytes):
         " \n \r \r\n\x85 ",
     ],
 )
-def test_any_number_of_workers(folder, dictionary, monkeypatch, workers, text):
+def test_any_number_of_workers(folder, dictionary, monkeypatch, encode, workers, text):
     monkeypatch.setattr(text_file, "CHUNK_BYTES", 16)
-    items, summary = binarize(folder, dictionary, text.encode(), workers=workers)
+    items, summary = encode(folder, dictionary, text.encode(), workers=workers)
     expected, replaced = expected_of(text)
     assert items == expected and summary.replaced == replaced
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_processes_that_forget_words(folder, dictionary, monkeypatch, workers):
+    monkeypatch.setattr(text_file, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(text_encoding, "_MOST_WORDS", 2)
+    text = "a b zz yy\nxx a\n" * 20
+    items, _ = binarize_in_numbers(folder, dictionary, text.encode(), workers)
+    assert items == expected_of(text)[0]
+
+
+def test_characters_that_mark_the_ends_of_lines_may_stand_in_a_text(folder):
+    words = list(text_encoding._MARKS[:12])
+    dictionary = Dictionary()
+    for word in words[6:]:
+        dictionary.add_symbol(word)
+    text = f"{' '.join(words[:6])}\n{' '.join(words[6:])}\n".encode()
+    expected = [[3] * 6 + [2], [*range(4, 10), 2]]
+    assert binarize(folder, dictionary, text)[0] == expected
+    assert binarize_in_numbers(folder, dictionary, text)[0] == expected
+
+
+def test_numbers_that_were_not_kept(folder):
+    (folder / "text.txt").write_text("a b\n")
+    with pytest.raises(ValueError, match="were not kept"):
+        next(number_text(folder / "text.txt").chunks())
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4, 1 << 20])

@@ -7,14 +7,14 @@ Ids 0 to 3 are `<s>`, `<pad>`, `</s>` and `<unk>`; they stand in no file. `dict.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from fairseq.data.text_file import check_text_file, map_chunks, split_lines
+from fairseq.data.text_encoding import NumberedText, number_text
+from fairseq.data.text_file import split_lines
 from fairseq.tokenizer import post_process, tokenize_line
 
 if TYPE_CHECKING:
@@ -345,37 +345,14 @@ class Dictionary:
             FileNotFoundError: no such file.
             ValueError: it is empty or not UTF-8.
         """
-        check_text_file(filename)
-        total: Counter[str] = Counter()
-        ends_in_line = False
-        for words, num_lines, last_is_open in map_chunks(
-            _WordCounter(tokenize),
-            filename,
-            workers=num_workers,
-            whole_lines=tokenize is not tokenize_line,
-            on_progress=on_progress,
-        ):
-            total.update(words)
-            total[dict.eos_word] += num_lines
-            ends_in_line = last_is_open
-        total[dict.eos_word] += ends_in_line
-        for word, count in sorted(total.items()):
-            dict.add_symbol(word, count)
+        dict.add_text(
+            number_text(filename, tokenize=tokenize, workers=num_workers, on_progress=on_progress)
+        )
 
-
-class _WordCounter:
-    """Counts the words of a chunk of text, and the lines that end in it."""
-
-    def __init__(self, tokenize: Tokenizer) -> None:
-        self.tokenize = tokenize
-
-    def __call__(self, text: str) -> tuple[Counter[str], int, bool]:
-        lines = split_lines(text)
-        if self.tokenize is tokenize_line:
-            words = Counter(text.split())
-        else:
-            words = Counter(word for line in lines for word in self.tokenize(line))
-        return words, len(lines) - 1, lines[-1] != ""
+    def add_text(self, text: NumberedText) -> None:
+        """Takes up the words of a text in order of their code points, and the ends of its lines."""
+        for word, count in sorted(text.counts(self.eos_word).items()):
+            self.add_symbol(word, count)
 
 
 class TruncatedDictionary(Dictionary):
