@@ -405,7 +405,9 @@ def differences(whole: Path, resumed: Path) -> list[str]:
 
 def check_kills(kills: int, seed_: int, work: Path) -> dict[str, Any]:
     """Kills runs and resumes them; returns counts."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["fairseq_cli.train"])
+    # Every optimizer imports the second: once, before processes are forked.
+    needed = ["fairseq_cli.train", "torch._dynamo"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(needed)
     rng = random.Random(seed_)
     durations = {}
     for form in FORMS:

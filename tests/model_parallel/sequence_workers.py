@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # every optimizer imports it: once, before a fork
 import torch.distributed as dist
 import torch.distributed.fsdp
 from sequence_evaluation import evaluation_cases, refusal

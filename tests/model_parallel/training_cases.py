@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401  (every optimizer imports it: once, before a fork)
 import torch.distributed as dist
 from train_runs import TINY_MODEL, TINY_TRAINING
 
