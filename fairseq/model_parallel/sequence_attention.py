@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -131,22 +131,10 @@ class SequenceParallelBackend(AttentionBackend):
         num_heads = request.bias.num_heads
         which = request.head_slice
         heads = slice(0, num_heads, 1) if which is None else slice(*which.indices(num_heads))
-        options = {
-            "rule": request.rule,
-            "dropout_p": request.dropout_p,
-            "dtype": request.dtype,
-            "device": request.device,
-        }
-        return self._prepare(request.bias, keys, heads, options)
+        return self._prepare(request, keys, heads)
 
     @abstractmethod
-    def _prepare(
-        self,
-        bias: AttentionBias,
-        keys: Places,
-        heads: slice,
-        options: dict[str, Any],
-    ) -> Prepared:
+    def _prepare(self, request: Request, keys: Places, heads: slice) -> Prepared:
         """Prepares for all keys, in the order of the sequence; the queries stand among them."""
 
     def _in_order(self, x: torch.Tensor) -> torch.Tensor:
@@ -159,23 +147,18 @@ class SequenceParallelBackend(AttentionBackend):
         return x.index_select(-2, self.layout.order(x.size(-2)).argsort().to(x.device))
 
     def _inner_prepare(
-        self,
-        bias: AttentionBias,
-        queries: Places,
-        keys: Places,
-        heads: slice,
-        options: dict[str, Any],
+        self, request: Request, queries: Places, keys: Places, heads: slice
     ) -> Prepared:
-        return self.inner.prepare(
-            bias,
-            queries.positions,
-            keys.positions,
+        """Returns what the other backend makes of the request for other places and heads."""
+        return replace(
+            request,
+            query_positions=queries.positions,
+            key_positions=keys.positions,
             key_is_padding=keys.is_padding,
             query_documents=queries.documents,
             key_documents=keys.documents,
-            head_slice=None if heads == slice(0, bias.num_heads, 1) else heads,
-            **options,
-        )
+            head_slice=None if heads == slice(0, request.bias.num_heads, 1) else heads,
+        ).of(self.inner)
 
 
 class AllGatherBackend(SequenceParallelBackend):
@@ -206,28 +189,23 @@ class AllGatherBackend(SequenceParallelBackend):
             raise ValueError(f"heads_k_stride is {heads_k_stride}; it must be 1 or more")
         self.heads_k_stride = heads_k_stride
 
-    def _prepare(
-        self, bias: AttentionBias, keys: Places, heads: slice, options: dict[str, Any]
-    ) -> GatherPrepared:
+    def _prepare(self, request: Request, keys: Places, heads: slice) -> GatherPrepared:
         return GatherPrepared(
             self,
             key_is_padding=keys.is_padding,
-            runs=[self._parts(bias, keys, some, options) for some in self._runs(heads)],
+            runs=[self._parts(request, keys, some) for some in self._runs(heads)],
         )
 
-    def _parts(
-        self, bias: AttentionBias, keys: Places, heads: slice, options: dict[str, Any]
-    ) -> list[Part]:
+    def _parts(self, request: Request, keys: Places, heads: slice) -> list[Part]:
         """Returns the parts of a run of heads: a part for each run of successive columns."""
         length, parts, first = _length(keys.positions), [], 0
-        rule = options["rule"]
-        is_causal = isinstance(rule, MaskRule) and rule.is_causal
+        is_causal = isinstance(request.rule, MaskRule) and request.rule.is_causal
         for segment in self.layout.segments(self.rank, length):
             # Where columns are in order of time, no query sees what follows its own segment.
             ends = is_causal and isinstance(keys.positions, range)
             num_keys = segment.stop if ends else length
             prepared = self._inner_prepare(
-                bias, keys.at(segment), keys.at(range(num_keys)), heads, options
+                request, keys.at(segment), keys.at(range(num_keys)), heads
             )
             rows = slice(first, first + len(segment))
             parts.append(Part(rows, num_keys, prepared))
@@ -300,9 +278,7 @@ class UlyssesBackend(SequenceParallelBackend):
 
     name = "ulysses"
 
-    def _prepare(
-        self, bias: AttentionBias, keys: Places, heads: slice, options: dict[str, Any]
-    ) -> UlyssesPrepared:
+    def _prepare(self, request: Request, keys: Places, heads: slice) -> UlyssesPrepared:
         num_heads = heads.stop - heads.start
         if num_heads % self.layout.size:
             raise ValueError(
@@ -312,7 +288,7 @@ class UlyssesBackend(SequenceParallelBackend):
             )
         each = num_heads // self.layout.size
         first = heads.start + self.rank * each
-        inner = self._inner_prepare(bias, keys, keys, slice(first, first + each, 1), options)
+        inner = self._inner_prepare(request, keys, keys, slice(first, first + each, 1))
         return UlyssesPrepared(self, key_is_padding=keys.is_padding, inner=inner)
 
     def attend(
@@ -339,9 +315,7 @@ class RingBackend(SequenceParallelBackend):
 
     name = "ring"
 
-    def _prepare(
-        self, bias: AttentionBias, keys: Places, heads: slice, options: dict[str, Any]
-    ) -> RingPrepared:
+    def _prepare(self, request: Request, keys: Places, heads: slice) -> RingPrepared:
         length = _length(keys.positions)
         held = [self.layout.segments(rank, length) for rank in range(self.layout.size)]
         each = len(held[0][0])
@@ -351,13 +325,14 @@ class RingBackend(SequenceParallelBackend):
             places=[[keys.at(segment) for segment in segments] for segments in held],
             runs=runs,
         )
+        bias, rule = request.bias, request.rule
         is_all = heads == slice(0, bias.num_heads, 1)
         return RingPrepared(
             self,
             key_is_padding=keys.is_padding,
             plan=plan,
             bias=bias if is_all else bias.heads(heads),
-            rule=options["rule"] if is_all else options["rule"].heads(heads),
+            rule=rule if is_all else rule.heads(heads),
         )
 
     def attend(
