@@ -3,8 +3,8 @@
 Queries are cut into blocks. Each block meets the run of keys that its heads look at, all heads of
 a group in one batched product. No tensor grows with T * S: memory is linear in the length.
 
-* exp(score + term) is taken as exp2(score) * exp(term), with log2(e) in the factor of the product:
-  the exponential of very negative numbers is slow, and a hidden key costs nothing.
+* exp(score + term) is taken as exp(score) * exp(term): the exponential of very negative numbers is
+  slow, and a hidden key costs nothing.
 * Keys and values are turned round, the last one first. The distance from query i to the r-th of
   them is i + r and a constant, so that a tile of factors is a view of one row of numbers, with
   steps of 1 in both directions: nothing is built, and what is read stays in the innermost cache.
@@ -18,10 +18,10 @@ queries: `G` heads, `L` queries, `n` keys.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,9 +29,9 @@ from fairseq.attention.random_bits import DropMask
 
 __all__ = ["MOST_SCORES", "Distances", "HeadGroup", "TiledCall", "tiled_attention"]
 
-_LOG2_E = math.log2(math.e)
 MOST_SCORES = 1 << 18
 """Scores of a tile; these and what goes with them stay in a core's cache."""
+_TILES_AT_A_TIME = 32
 _SMALLEST_TERM = -66.0
 """Factors below the exponential of this are 0. Times that of the smallest score without reference,
 -20, they would be denormal numbers, with which arithmetic is slow."""
@@ -183,7 +183,7 @@ class _Sheet:
         call: everything that is no tensor.
         factors: exponentials of the terms, (H, D).
         first: distance of the first of them.
-        reference: (B, H, T, 1) in bits, or None.
+        reference: (B, H, T, 1), or None.
         query_labels: (B or 1, T, 1), or None.
         key_labels: (B or 1, 1, S), the last one first, or None.
     """
@@ -200,22 +200,58 @@ class _Sheet:
         key_labels: torch.Tensor | None,
     ) -> None:
         dtype = torch.promote_types(q.dtype, torch.float32)
+        self._given = k, v
         self.backwards = torch.arange(k.size(2) - 1, -1, -1)
         self.q = q.to(dtype)
         self.k, self.v = (x.to(dtype).index_select(2, self.backwards) for x in (k, v))
         self.call = call
         self.factors = distances.factors(dtype, is_referred=reference is not None)
         self.first = distances.first
-        self.reference = None if reference is None else reference.unsqueeze(-1) * _LOG2_E
+        self.reference = None if reference is None else reference.unsqueeze(-1)
         self.query_labels = None if query_labels is None else query_labels.unsqueeze(-1)
         self.key_labels = None if key_labels is None else key_labels.flip(-1).unsqueeze(-2)
 
-    def panels(self) -> Iterator[_Panel]:
-        """Yields every row of every group of heads."""
-        for group in self.call.groups:
-            blocks = self._blocks(group)
+    def memory_like_given(self) -> list[torch.Tensor]:
+        """Returns the memory of k and v, which are lost, in the strides of those that were given.
+
+        Fresh memory would have to be cleared by the system, and gradients in other strides than
+        what they belong to are copied once more.
+        """
+        return [
+            turned.as_strided(x.shape, torch.empty_like(x, device="meta").stride())
+            for turned, x in zip((self.k, self.v), self._given, strict=True)
+        ]
+
+    def tiles(
+        self,
+        of_queries: Sequence[torch.Tensor],
+        of_keys: Sequence[torch.Tensor] = (),
+        *,
+        num_rooms: int = 1,
+    ) -> Iterator[_Tile]:
+        """Yields every tile: heads of a group, row by row, block by block, run by run.
+
+        Args:
+            of_queries: further tensors of which a tile holds its part, (B, H, T, ...).
+            of_keys: the same for keys, (B, H, S, ...), the last one first.
+            num_rooms: how many numbers of its own a tile needs for each score.
+        """
+        tiles = self._tiles(of_queries, of_keys, num_rooms)
+        # Numbers of a tile fill the caches. After that Python and what only makes a view are
+        # several times as slow as before; so the views of many tiles are made at a time.
+        while several := list(itertools.islice(tiles, _TILES_AT_A_TIME)):
+            yield from several
+
+    def _tiles(
+        self, of_queries: Sequence[torch.Tensor], of_keys: Sequence[torch.Tensor], num_rooms: int
+    ) -> Iterator[_Tile]:
+        blocks = [self._blocks(group) for group in self.call.groups]
+        memory = _Memory(self, blocks, num_rooms)
+        for group, group_blocks in zip(self.call.groups, blocks, strict=True):
             for row in range(len(self.q)):
-                yield _Panel(self, row, group.heads, blocks)
+                panel = _Panel(self, row, group, of_queries, of_keys, memory)
+                for number, block in enumerate(group_blocks):
+                    yield from panel.tiles(number, block)
 
     def _blocks(self, group: HeadGroup) -> list[_Block]:
         num_queries, num_keys = self.q.size(2), self.k.size(2)
@@ -226,11 +262,9 @@ class _Sheet:
             position = start + self.call.shift
             oldest = max(0, position - group.back)
             newest = min(num_keys - 1, position + stop - start - 1 + group.ahead)
-            end = num_keys - oldest
-            runs = [
-                slice(at, min(at + most, end)) for at in range(num_keys - 1 - newest, end, most)
-            ]
-            blocks.append(_Block(slice(start, stop), runs, position - (num_keys - 1)))
+            begin, end = num_keys - 1 - newest, num_keys - oldest
+            runs = [(at, min(most, end - at)) for at in range(begin, end, most)]
+            blocks.append(_Block(runs or [(0, 0)], position - (num_keys - 1)))
         return blocks
 
 
@@ -239,70 +273,155 @@ class _Block:
     """A block of queries, and the keys that it meets.
 
     Attributes:
-        queries: which queries.
-        runs: of reversed keys, each as long as makes a tile.
+        runs: of reversed keys, (start, length), each as long as makes a tile; one of no keys
+            where it meets none.
         nearest: distance from the first of the queries to reversed key 0.
     """
 
-    queries: slice
-    runs: list[slice]
+    runs: list[tuple[int, int]]
     nearest: int
 
 
-class _Panel:
-    """One row of a group of heads.
+class _Memory:
+    """Memory for the numbers of one tile, used again and again.
 
     Attributes:
-        which: row and heads, an index of (B, H, ...).
-        blocks: what there is to compute.
-        q: (G, T, K).
-        k: (G, S, K), the last key first.
-        v: (G, S, K), the last value first.
+        scores: as many as the largest tile has, for each room.
+        result: as many as the queries of a tile have, of all its heads.
     """
 
-    def __init__(self, sheet: _Sheet, row: int, heads: slice, blocks: list[_Block]) -> None:
-        self.which = row, heads
-        self.blocks = blocks
-        self.q, self.k, self.v = (x[self.which] for x in (sheet.q, sheet.k, sheet.v))
-        self._scale = sheet.call.scale * _LOG2_E
-        self._factors = sheet.factors[heads]  # (G, D)
-        self._start = self._factors.storage_offset() - sheet.first  # of the factor of distance 0
-        self._reference = None if sheet.reference is None else sheet.reference[self.which]
-        self._labels = None
+    def __init__(self, sheet: _Sheet, blocks: list[list[_Block]], num_rooms: int) -> None:
+        most_scores = most_results = 0
+        for group, group_blocks in zip(sheet.call.groups, blocks, strict=True):
+            rows = len(sheet.factors[group.heads]) * min(group.block, sheet.q.size(2))
+            longest = max((length for each in group_blocks for _, length in each.runs), default=0)
+            most_scores = max(most_scores, rows * longest)
+            most_results = max(most_results, rows * sheet.q.size(-1))
+        self.scores = [sheet.q.new_empty(most_scores) for _ in range(num_rooms)]
+        self.result = sheet.q.new_empty(most_results)
+
+
+class _Panel:
+    """One row of a group of heads, out of which tiles are cut."""
+
+    def __init__(
+        self,
+        sheet: _Sheet,
+        row: int,
+        group: HeadGroup,
+        of_queries: Sequence[torch.Tensor],
+        of_keys: Sequence[torch.Tensor],
+        memory: _Memory,
+    ) -> None:
+        which = row, group.heads
+        self._heads = group.heads
+        self._of_queries = [x[which].split(group.block, 1) for x in (sheet.q, *of_queries)]
+        self._of_keys = [x[which] for x in (sheet.k, sheet.v, *of_keys)]
+        self._memory = memory
+        self._factors = sheet.factors[group.heads]  # (G, D)
+        self._first = sheet.first
+        self._reference = self._query_labels = self._key_labels = None
+        if sheet.reference is not None:
+            self._reference = sheet.reference[which].split(group.block, 1)
         if sheet.query_labels is not None and sheet.key_labels is not None:
             mine, theirs = sheet.query_labels, sheet.key_labels
-            self._labels = mine[row % len(mine)], theirs[row % len(theirs)]  # (T, 1), (1, S)
+            self._query_labels = mine[row % len(mine)].split(group.block)  # (L, 1) each
+            self._key_labels = theirs[row % len(theirs)]  # (1, S)
 
-    def weights(
-        self, q: torch.Tensor, block: _Block, run: slice, room: torch.Tensor
-    ) -> torch.Tensor:
-        """Computes exp(score + term - reference) of a tile, (G, L, n), in a tensor of that size."""
-        torch.baddbmm(room, q, self.k[:, run].transpose(1, 2), beta=0, alpha=self._scale, out=room)
-        if self._reference is not None:
-            room.sub_(self._reference[:, block.queries])
-        room.exp2_()
-        # Query i of the block and key r of the run are i + r and a constant apart.
-        start = self._start + block.nearest + run.start
-        room.mul_(self._factors.as_strided(room.shape, (self._factors.stride(0), 1, 1), start))
-        if self._labels is not None:
-            mine, theirs = self._labels
-            room.mul_((mine[block.queries] == theirs[:, run]).to(room.dtype))
-        return room
+    def tiles(self, number: int, block: _Block) -> Iterator[_Tile]:
+        """Yields the tiles of a block of queries."""
+        q, *of_queries = (x[number] for x in self._of_queries)
+        reference = None if self._reference is None else self._reference[number]
+        heads, length, width = q.shape
+        result = self._memory.result.as_strided((heads, length, width), (length * width, width, 1))
+        for run, (start, num_keys) in enumerate(block.runs):
+            shape, steps = (heads, length, num_keys), (length * num_keys, num_keys, 1)
+            # Query i of the block and key r of the run are i + r and a constant apart.
+            nearest = block.nearest + start - self._first
+            labels = None
+            if self._query_labels is not None and self._key_labels is not None:
+                labels = self._query_labels[number], self._key_labels.narrow(1, start, num_keys)
+            k, v, *of_keys = (x.narrow(1, start, num_keys) for x in self._of_keys)
+            yield _Tile(
+                heads=self._heads,
+                is_first=run == 0,
+                is_last=run == len(block.runs) - 1,
+                nearest=nearest,
+                q=q,
+                k=k,
+                v=v,
+                k_t=k.transpose(1, 2),
+                v_t=v.transpose(1, 2),
+                factors=self._factors.as_strided(
+                    shape,
+                    (self._factors.stride(0), 1, 1),
+                    self._factors.storage_offset() + nearest,
+                ),
+                reference=reference,
+                labels=labels,
+                of_queries=of_queries,
+                of_keys=of_keys,
+                rooms=[x.as_strided(shape, steps) for x in self._memory.scores],
+                result=result,
+            )
 
 
-class _Room:
-    """Memory for one tile, used again and again."""
+class _Tile(NamedTuple):
+    """A block of queries of some heads in one row, and a run of the keys that it meets.
 
-    def __init__(self, like: torch.Tensor) -> None:
-        self._memory = like.new_empty(MOST_SCORES)
+    Attributes:
+        heads: which.
+        is_first: whether this is the first run that the block meets.
+        is_last: whether it is the last one.
+        nearest: index of the smallest distance in it among the factors.
+        q: (G, L, K).
+        k: (G, n, K), the last key first.
+        v: (G, n, K), the last value first.
+        k_t: (G, K, n).
+        v_t: (G, K, n).
+        factors: exponentials of the terms, (G, L, n).
+        reference: (G, L, 1), or None.
+        labels: of queries (L, 1) and keys (1, n), or None.
+        of_queries: parts (G, L, ...) of what was asked for.
+        of_keys: parts (G, n, ...) of what was asked for.
+        rooms: for its own numbers, (G, L, n) each.
+        result: for sums over all runs of a block, (G, L, K).
+    """
 
-    def tile(self, q: torch.Tensor, run: slice) -> torch.Tensor:
-        """Returns an empty (G, L, n) for queries (G, L, K)."""
-        shape = len(q), q.size(1), run.stop - run.start
-        size = math.prod(shape)
-        if size > len(self._memory):
-            self._memory = q.new_empty(size)
-        return self._memory[:size].view(shape)
+    heads: slice
+    is_first: bool
+    is_last: bool
+    nearest: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    k_t: torch.Tensor
+    v_t: torch.Tensor
+    factors: torch.Tensor
+    reference: torch.Tensor | None
+    labels: tuple[torch.Tensor, torch.Tensor] | None
+    of_queries: list[torch.Tensor]
+    of_keys: list[torch.Tensor]
+    rooms: list[torch.Tensor]
+    result: torch.Tensor
+
+    def weights(self, scale: float) -> torch.Tensor:
+        """Computes exp(score + term - reference) in the first room, (G, L, n)."""
+        w = self.rooms[0]
+        torch.baddbmm(w, self.q, self.k_t, beta=0, alpha=scale, out=w)
+        if self.reference is not None:
+            w.sub_(self.reference)
+        w.exp_().mul_(self.factors)
+        if self.labels is not None:
+            mine, theirs = self.labels
+            w.mul_((mine == theirs).to(w.dtype))
+        return w
+
+    def add_up(self, weights: torch.Tensor, of_keys: torch.Tensor, scale: float) -> torch.Tensor:
+        """Adds products (G, L, n) x (G, n, K) to those of the runs before, in `result`."""
+        # A product is faster where its result lies in one piece, not among the other heads'.
+        beta = 0 if self.is_first else 1
+        return torch.baddbmm(self.result, weights, of_keys, beta=beta, alpha=scale, out=self.result)
 
 
 def _forward(sheet: _Sheet) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,27 +430,21 @@ def _forward(sheet: _Sheet) -> tuple[torch.Tensor, torch.Tensor]:
     # In the order in which the layers read it, (B, T, H, K).
     out = sheet.q.new_empty(rows, length, heads, width).transpose(1, 2)
     total = sheet.q.new_empty(rows, heads, length, 1)
-    room, mask = _Room(sheet.q), DropMask(sheet.call.drop_rate, sheet.call.seed)
-    for panel in sheet.panels():
-        panel_out, panel_total = out[panel.which], total[panel.which]
-        for block in panel.blocks:
-            o, sums = panel_out[:, block.queries], panel_total[:, block.queries]
-            if not block.runs:
-                o.zero_()
-                sums.zero_()
-                continue
-            q = panel.q[:, block.queries]
-            for run in block.runs:
-                w = panel.weights(q, block, run, room.tile(q, run))
-                if run is block.runs[0]:
-                    torch.sum(w, -1, keepdim=True, out=sums)
-                else:
-                    sums += w.sum(-1, keepdim=True)
-                if mask.rate > 0:
-                    w.mul_(mask.draw(w))
-                o.baddbmm_(w, panel.v[:, run], beta=int(run is not block.runs[0]))
-    share = total.where(total > 0, torch.inf).reciprocal_()
-    return out.mul_(share.mul_(mask.scale)), total
+    mask = DropMask(sheet.call.drop_rate, sheet.call.seed)
+    smallest = torch.finfo(total.dtype).tiny  # where nothing is seen: 0 / smallest is 0
+    for tile in sheet.tiles([out, total]):
+        tile_out, sums = tile.of_queries
+        w = tile.weights(sheet.call.scale)
+        if tile.is_first:
+            torch.sum(w, -1, keepdim=True, out=sums)
+        else:
+            sums += w.sum(-1, keepdim=True)
+        if mask.rate > 0:
+            w.mul_(mask.draw(w))
+        result = tile.add_up(w, tile.v, mask.scale)
+        if tile.is_last:
+            torch.div(result, sums.clamp(min=smallest), out=tile_out)
+    return out, total
 
 
 def _backward(
@@ -351,38 +464,31 @@ def _backward(
         term_grad: (H, D), or None.
     """
     scale = sheet.call.scale
-    dq, dk, dv = torch.zeros_like(sheet.q), torch.zeros_like(sheet.k), torch.zeros_like(sheet.v)
-    room, other, mask = (
-        _Room(sheet.q),
-        _Room(sheet.q),
-        DropMask(sheet.call.drop_rate, sheet.call.seed),
-    )
+    dq, dk, dv = torch.empty_like(sheet.q), torch.zeros_like(sheet.k), torch.zeros_like(sheet.v)
+    mask = DropMask(sheet.call.drop_rate, sheet.call.seed)
     given = out_grad * (share * mask.scale)
-    for panel in sheet.panels():
-        mine = [x[panel.which] for x in (given, pull, dq)]
-        panel_dk, panel_dv = dk[panel.which], dv[panel.which]
-        for block in panel.blocks:
-            q = panel.q[:, block.queries]
-            do, pulled, block_dq = (x[:, block.queries] for x in mine)
-            for run in block.runs:
-                w = panel.weights(q, block, run, room.tile(q, run))
-                ds = torch.bmm(do, panel.v[:, run].transpose(1, 2), out=other.tile(q, run))
-                if mask.rate > 0:
-                    kept = mask.draw(w).mul_(w)
-                    ds.mul_(kept).addcmul_(w, pulled, value=-1)
-                else:
-                    kept = w
-                    ds.sub_(pulled).mul_(w)
-                panel_dv[:, run].baddbmm_(kept.transpose(1, 2), do)
-                panel_dk[:, run].baddbmm_(ds.transpose(1, 2), q, alpha=scale)
-                block_dq.baddbmm_(ds, panel.k[:, run], alpha=scale)
-                if term_grad is not None:
-                    start = block.nearest + run.start - sheet.first
-                    _add_diagonals(term_grad[panel.which[1]], ds, start)
-    # Into memory that is at hand: what is fresh has to be cleared by the system.
-    torch.index_select(dk, 2, sheet.backwards, out=sheet.k)
-    torch.index_select(dv, 2, sheet.backwards, out=sheet.v)
-    return dq, sheet.k, sheet.v
+    for tile in sheet.tiles([given, pull, dq], [dk, dv], num_rooms=2):
+        do, pulled, tile_dq = tile.of_queries
+        tile_dk, tile_dv = tile.of_keys
+        w = tile.weights(scale)
+        ds = torch.bmm(do, tile.v_t, out=tile.rooms[1])
+        if mask.rate > 0:
+            kept = mask.draw(w).mul_(w)
+            ds.mul_(kept).addcmul_(w, pulled, value=-1)
+        else:
+            kept = w
+            ds.sub_(pulled).mul_(w)
+        tile_dv.baddbmm_(kept.transpose(1, 2), do)
+        tile_dk.baddbmm_(ds.transpose(1, 2), tile.q, alpha=scale)
+        result = tile.add_up(ds, tile.k, scale)
+        if tile.is_last:
+            tile_dq.copy_(result)
+        if term_grad is not None:
+            _add_diagonals(term_grad[tile.heads], ds, tile.nearest)
+    return dq, *(
+        torch.index_select(grad, 2, sheet.backwards, out=memory)
+        for grad, memory in zip((dk, dv), sheet.memory_like_given(), strict=True)
+    )
 
 
 def _add_diagonals(term_grad: torch.Tensor, ds: torch.Tensor, start: int) -> None:
