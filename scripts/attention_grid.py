@@ -72,7 +72,7 @@ def measure(cell: Cell, runs: int) -> dict[str, Any]:
     factor = (7 / bound).sqrt()
     tensors = (q * factor, k * factor, v)
     given = torch.randn_like(v)
-    names = ["reference", "windowed"] + ["sdpa"] * (dropout_p == 0)
+    names = ["reference", "triangular", "windowed"] + ["sdpa"] * (dropout_p == 0)
     prepared = {
         name: get_backend(name).prepare(
             LinearBias(alibi_slopes(cell.heads)),
@@ -85,7 +85,8 @@ def measure(cell: Cell, runs: int) -> dict[str, Any]:
         )
         for name in ["auto", *names]
     }
-    chosen = prepared.pop("auto").chosen  # type: ignore[attr-defined]
+    auto: Any = prepared.pop("auto")
+    chosen = auto.backend.name_for(tensors[0], tensors[1], auto, dropout_p)
     times: dict[str, list[float]] = {name: [] for name in names}
     for run in range(runs + 1):
         for name in names:

@@ -44,6 +44,9 @@ from fairseq.attention import AttentionBias, LinearBias, ZeroBias, attend, get_b
 from fairseq.attention.windows import measure_windows
 from fairseq.positions.alibi_slopes import alibi_slopes
 
+DENSE = ("reference", "sdpa", "triangular")
+"""Backends with a mask of T x T."""
+
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -90,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--runs", type=int, default=5)
     made.add_argument("--threads", type=int, default=1)
     made.add_argument(
-        "--backends", nargs="+", default=["reference", "sdpa", "augmented", "windowed"]
+        "--backends",
+        nargs="+",
+        default=["reference", "sdpa", "augmented", "triangular", "windowed"],
     )
     made.add_argument("--most-plain", type=int, default=4096, help="longest T of forms with a mask")
     made.add_argument(
@@ -215,7 +220,7 @@ def forms(args: argparse.Namespace, tensors: Tensors, bias: AttentionBias) -> di
 
         made["plain"] = plain
     for name in args.backends:
-        if name in ("reference", "sdpa") and length > args.most_plain:
+        if name in DENSE and length > args.most_plain:
             continue
         prepared = get_backend(name).prepare(
             bias, range(length), range(length), dtype=q.dtype, device=q.device
@@ -342,7 +347,7 @@ def memory(args: argparse.Namespace, tensors: Tensors, bias: AttentionBias) -> d
     """Returns how many MiB a call adds to the peak of a process of its own, by backend."""
     found = {}
     for name in args.backends:
-        if name in ("reference", "sdpa") and tensors[0].size(2) > args.most_plain:
+        if name in DENSE and tensors[0].size(2) > args.most_plain:
             continue
         with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
             found[name] = pool.submit(added_memory, args, tensors, bias, name).result()

@@ -211,16 +211,14 @@ class _Sheet:
         self.query_labels = None if query_labels is None else query_labels.unsqueeze(-1)
         self.key_labels = None if key_labels is None else key_labels.flip(-1).unsqueeze(-2)
 
-    def memory_like_given(self) -> list[torch.Tensor]:
+    def memory_like_given(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the memory of k and v, which are lost, in the strides of those that were given.
 
         Fresh memory would have to be cleared by the system, and gradients in other strides than
         what they belong to are copied once more.
         """
-        return [
-            turned.as_strided(x.shape, torch.empty_like(x, device="meta").stride())
-            for turned, x in zip((self.k, self.v), self._given, strict=True)
-        ]
+        k, v = (torch.empty_like(x, device="meta") for x in self._given)
+        return self.k.as_strided(k.shape, k.stride()), self.v.as_strided(v.shape, v.stride())
 
     def tiles(
         self,
@@ -485,10 +483,10 @@ def _backward(
             tile_dq.copy_(result)
         if term_grad is not None:
             _add_diagonals(term_grad[tile.heads], ds, tile.nearest)
-    return dq, *(
-        torch.index_select(grad, 2, sheet.backwards, out=memory)
-        for grad, memory in zip((dk, dv), sheet.memory_like_given(), strict=True)
-    )
+    for_k, for_v = sheet.memory_like_given()
+    torch.index_select(dk, 2, sheet.backwards, out=for_k)
+    torch.index_select(dv, 2, sheet.backwards, out=for_v)
+    return dq, for_k, for_v
 
 
 def _add_diagonals(term_grad: torch.Tensor, ds: torch.Tensor, start: int) -> None:

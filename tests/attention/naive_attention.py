@@ -8,7 +8,7 @@ import pytest
 import torch
 
 DENSE = ["reference", "sdpa"]
-SELECTIVE = ["augmented", "windowed"]
+SELECTIVE = ["augmented", "triangular", "windowed"]
 ON_CPU = [*DENSE, *SELECTIVE, "auto"]
 
 

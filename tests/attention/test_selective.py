@@ -71,6 +71,8 @@ TABLE = DistanceBias(lambda d, m: -m * d.sqrt(), per_head(torch.ones(4)))
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
+        ("triangular", {"device": CUDA}, "made for the CPU"),
+        ("triangular", {"dtype": torch.bfloat16}, "computes in float32"),
         ("windowed", {"device": CUDA}, "made for the CPU"),
         ("windowed", {"bias": PrefixBias(SLOPES, 3)}, "PrefixRule does not depend on distance"),
         ("windowed", {"queries": torch.arange(8)}, "do not follow one another"),
@@ -275,9 +277,13 @@ def test_what_flash_cannot(flash_attn, changes, reason):
         (64, 0.0, {}, "sdpa"),
         (64, 0.1, {}, "reference"),
         (2048, 0.0, {}, "windowed"),
-        (512, 0.1, {}, "windowed"),
-        (511, 0.1, {}, "reference"),
-        (511, 0.0, {}, "sdpa"),
+        (384, 0.1, {}, "windowed"),
+        (383, 0.1, {}, "triangular"),
+        (96, 0.1, {}, "triangular"),
+        (95, 0.1, {}, "reference"),
+        (128, 0.1, {"dtype": torch.float16}, "reference"),
+        (128, 0.1, {"rule": BIDIRECTIONAL}, "reference"),
+        (383, 0.0, {}, "sdpa"),
         (2048, 0.0, {"bias": PrefixBias(SLOPES, 3)}, "sdpa"),
         (2048, 0.0, {"bias": ZeroBias(4)}, "augmented"),
         (64, 0.0, {"bias": ZeroBias(4), "rule": BIDIRECTIONAL}, "sdpa"),
@@ -293,12 +299,26 @@ def test_what_auto_chooses(length, dropout_p, changes, name):
 
 @pytest.mark.parametrize(
     ("length", "has_gradients", "name"),
-    [(512, True, "windowed"), (512, False, "sdpa"), (1024, False, "windowed")],
+    [(384, True, "windowed"), (384, False, "sdpa"), (512, False, "windowed")],
 )
 def test_auto_takes_tiles_earlier_where_gradients_are_wanted(length, has_gradients, name):
     request = request_of(queries=range(length), keys=range(length))
     with torch.set_grad_enabled(has_gradients):
         assert get_backend("auto").choose(request) == name
+
+
+@pytest.mark.parametrize(("rows", "name"), [(3, "reference"), (4, "triangular")])
+def test_auto_takes_no_blocks_for_few_scores(rows, name):
+    q, k, v = (x[:1].expand(rows, -1, -1, -1) for x in random_qkv(128))
+    backend = get_backend("auto")
+    prepared = request_of(queries=range(128), keys=range(128), dropout_p=0.1).of(backend)
+    assert backend.name_for(q, k, prepared, 0.1) == name
+    chosen = get_backend(name)
+    plainly = request_of(queries=range(128), keys=range(128)).of(chosen)
+    torch.manual_seed(3)
+    found = attend(q, k, v, prepared, dropout_p=0.1)
+    torch.manual_seed(3)
+    assert torch.equal(found, attend(q, k, v, plainly, dropout_p=0.1))
 
 
 def test_auto_prefers_flash_in_half_precision(flash_attn):

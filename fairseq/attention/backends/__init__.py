@@ -11,6 +11,7 @@ from fairseq.attention.backends.flash import FlashBackend
 from fairseq.attention.backends.flex import FlexBackend
 from fairseq.attention.backends.reference import ReferenceBackend
 from fairseq.attention.backends.sdpa import SdpaBackend
+from fairseq.attention.backends.triangular import TriangularBackend
 from fairseq.attention.backends.windowed import WindowedBackend
 
 __all__ = ["BACKENDS", "AttentionBackend", "Prepared", "get_backend"]
@@ -22,6 +23,7 @@ BACKENDS: dict[str, type[AttentionBackend]] = {
         ReferenceBackend,
         SdpaBackend,
         AugmentedBackend,
+        TriangularBackend,
         WindowedBackend,
         FlexBackend,
         FlashBackend,

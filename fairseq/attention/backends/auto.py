@@ -16,18 +16,25 @@ from fairseq.attention.backends.flex import FlexBackend
 from fairseq.attention.backends.reference import ReferenceBackend
 from fairseq.attention.backends.request import Request
 from fairseq.attention.backends.sdpa import SdpaBackend
+from fairseq.attention.backends.triangular import TriangularBackend
 from fairseq.attention.backends.windowed import WindowedBackend
 
 __all__ = ["AutoBackend", "AutoPrepared"]
 
+_WITH_DENSE_MASK = (ReferenceBackend.name, SdpaBackend.name, TriangularBackend.name)
+
 logger = logging.getLogger(__name__)
 
-_LONG = 1024
+_LONG = 512
 """Queries with as many keys from which on tiles beat a dense mask on a CPU; in general the square
 of this many scores, since some of a sequence's queries see all of its keys."""
-_LONG_IN_TRAINING = 512
+_LONG_IN_TRAINING = 384
 """The same where gradients are wanted, of which tiles take less, or with attention dropout, with
 which the fused kernel leaves its fast path."""
+_MANY_BLOCKS = 96
+"""The same from which on blocks up to the diagonal beat all scores at once, with dropout."""
+_FEW_SCORES = 1 << 18
+"""Scores of all rows and heads below which these blocks are not worth their calls."""
 _LONG_ON_DEVICE = 2048
 """Queries from which on a dense mask is avoided on an accelerator."""
 
@@ -40,7 +47,7 @@ class AutoPrepared(Prepared):
         request: what was asked for.
         chosen: the backend for the rate of dropout that was asked for.
         backends: all there are, by name.
-        made: by backend; the two that take a dense mask share it. Another than the chosen one is
+        made: by backend; those that take a dense mask share it. Another than the chosen one is
             made when a layer attends with another rate.
     """
 
@@ -51,7 +58,7 @@ class AutoPrepared(Prepared):
 
     def form_for(self, name: str) -> Prepared:
         """Returns what a backend attends with, made the first time."""
-        maker = SdpaBackend.name if name == ReferenceBackend.name else name
+        maker = SdpaBackend.name if name in _WITH_DENSE_MASK else name
         if maker not in self.made:
             self.made[maker] = self.request.of(self.backends[maker])
         return self.made[maker]
@@ -67,6 +74,7 @@ class AutoBackend(AttentionBackend):
             ReferenceBackend(),
             SdpaBackend(),
             AugmentedBackend(),
+            TriangularBackend(),
             WindowedBackend(),
             FlexBackend(),
             FlashBackend(),
@@ -101,24 +109,39 @@ class AutoBackend(AttentionBackend):
         scale: float | None = None,
     ) -> torch.Tensor:
         assert isinstance(prepared, AutoPrepared)
-        name = prepared.chosen
-        if dropout_p != prepared.request.dropout_p:
-            name = self.choose(prepared.request, dropout_p)
+        name = self.name_for(q, k, prepared, dropout_p)
         made = prepared.form_for(name)
         return self._backends[name].attend(q, k, v, made, dropout_p=dropout_p, scale=scale)
 
+    def name_for(
+        self, q: torch.Tensor, k: torch.Tensor, prepared: AutoPrepared, dropout_p: float
+    ) -> str:
+        """Returns the name of the backend that attends with these queries and keys."""
+        name = prepared.chosen
+        if dropout_p != prepared.request.dropout_p:
+            name = self.choose(prepared.request, dropout_p)
+        num_scores = q.size(0) * q.size(1) * q.size(2) * k.size(2)
+        if name == TriangularBackend.name and num_scores < _FEW_SCORES:
+            return ReferenceBackend.name
+        return name
+
     def choose(self, request: Request, dropout_p: float = 0.0) -> str:
-        """Returns the name of the backend for a request."""
+        """Returns the name of the backend for a request, if its rows are not few and short."""
         length = len(request.query_positions)
         if request.device.type == "cpu":
             if dropout_p == 0 and self._is_plainly_causal(request):
                 return AugmentedBackend.name
             is_training = dropout_p > 0 or torch.is_grad_enabled()
             long = _LONG_IN_TRAINING if is_training else _LONG
-            is_long = length * len(request.key_positions) >= long**2
-            if is_long and self._can(WindowedBackend.name, request):
+            num_scores = length * len(request.key_positions)
+            if num_scores >= long**2 and self._can(WindowedBackend.name, request):
                 return WindowedBackend.name
-            return ReferenceBackend.name if dropout_p > 0 else SdpaBackend.name
+            if dropout_p == 0:
+                return SdpaBackend.name
+            has_blocks = num_scores >= _MANY_BLOCKS**2 and request.is_causal
+            if has_blocks and self._can(TriangularBackend.name, request):
+                return TriangularBackend.name
+            return ReferenceBackend.name
         if self._is_plainly_causal(request):
             return AugmentedBackend.name
         if length < _LONG_ON_DEVICE:

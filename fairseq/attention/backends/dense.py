@@ -27,10 +27,13 @@ class DensePrepared(Prepared):
         is_blind: bool (B or 1, H or 1, T, 1), queries that may see no key; None where each sees
             one. Some key is open in their rows of the mask, so that the softmax is defined, and
             their output is zero.
+        causal_shift: position of query 0 less that of key 0, where no query may see a key after
+            its own; None where one may, or that is not known without data.
     """
 
     mask: torch.Tensor
     is_blind: torch.Tensor | None = None
+    causal_shift: int | None = None
 
 
 class DenseBackend(AttentionBackend):
@@ -78,12 +81,17 @@ class DenseBackend(AttentionBackend):
             request.key_is_padding, request.query_documents, request.key_documents
         )
         see_themselves = _see_themselves(queries, keys)
+        causal_shift = request.shift if request.is_causal else None
         if is_hidden is None and see_themselves:
-            return DensePrepared(self, mask=mask)
+            return DensePrepared(self, mask=mask, causal_shift=causal_shift)
         is_allowed = rule.is_allowed(queries, keys, device=device)
         mask, is_blind = _hide(mask, is_hidden, is_allowed, see_themselves=see_themselves)
         return DensePrepared(
-            self, key_is_padding=request.key_is_padding, mask=mask, is_blind=is_blind
+            self,
+            key_is_padding=request.key_is_padding,
+            mask=mask,
+            is_blind=is_blind,
+            causal_shift=causal_shift,
         )
 
     def __deepcopy__(self, memo: dict[int, object]) -> DenseBackend:

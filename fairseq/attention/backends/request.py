@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fairseq.attention.bias import AttentionBias, Positions
-from fairseq.attention.rules import AttentionRule
+from fairseq.attention.rules import AttentionRule, MaskRule
 
 if TYPE_CHECKING:
     from fairseq.attention.backends.base import AttentionBackend, Prepared
@@ -77,6 +77,11 @@ class Request:
         if queries.step != 1 or keys.step != 1 or not queries or not keys:
             return None
         return queries.start - keys.start
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no query may see a key after its own, known without data."""
+        return isinstance(self.rule, MaskRule) and self.rule.is_causal
 
     @property
     def sees_itself(self) -> bool:
