@@ -73,20 +73,22 @@ def measure(cell: Cell, runs: int) -> dict[str, Any]:
     tensors = (q * factor, k * factor, v)
     given = torch.randn_like(v)
     names = ["reference", "triangular", "windowed"] + ["sdpa"] * (dropout_p == 0)
-    prepared = {
-        name: get_backend(name).prepare(
-            LinearBias(alibi_slopes(cell.heads)),
-            range(cell.length),
-            range(cell.length),
-            dropout_p=dropout_p,
-            dtype=q.dtype,
-            device=q.device,
-            **options,
-        )
-        for name in ["auto", *names]
-    }
-    auto: Any = prepared.pop("auto")
-    chosen = auto.backend.name_for(tensors[0], tensors[1], auto, dropout_p)
+    with torch.set_grad_enabled(cell.has_gradients):
+        prepared = {
+            name: get_backend(name).prepare(
+                LinearBias(alibi_slopes(cell.heads)),
+                range(cell.length),
+                range(cell.length),
+                dropout_p=dropout_p,
+                dtype=q.dtype,
+                device=q.device,
+                **options,
+            )
+            for name in ["auto", *names]
+        }
+        auto: Any = prepared.pop("auto")
+        q, k, _ = (x.detach().requires_grad_(cell.has_gradients) for x in tensors)
+        chosen = auto.backend.name_for(q, k, auto, dropout_p)
     times: dict[str, list[float]] = {name: [] for name in names}
     for run in range(runs + 1):
         for name in names:

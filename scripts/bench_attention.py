@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from attention_grid import measure_grid
 
+from fairseq import utils
 from fairseq.attention import AttentionBias, LinearBias, ZeroBias, attend, get_backend
 from fairseq.attention.windows import measure_windows
 from fairseq.positions.alibi_slopes import alibi_slopes
@@ -55,6 +56,7 @@ def main() -> None:
     """Runs the command."""
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
+    utils.keep_freed_memory()  # as fairseq-train does
     if args.auto:
         print(json.dumps({"auto": measure_grid(args.lengths, args.runs)}))
         return

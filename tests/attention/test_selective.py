@@ -321,6 +321,38 @@ def test_auto_takes_no_blocks_for_few_scores(rows, name):
     assert torch.equal(found, attend(q, k, v, plainly, dropout_p=0.1))
 
 
+@pytest.mark.parametrize(
+    ("length", "rows", "width", "wants", "changes", "name"),
+    [
+        (256, 1, 128, True, {}, "triangular"),
+        (256, 1, 128, False, {}, "sdpa"),
+        (256, 1, 128, True, {"rule": BIDIRECTIONAL}, "reference"),
+        (256, 1, 64, True, {}, "triangular"),
+        (256, 1, 32, True, {}, "sdpa"),
+        (128, 1, 64, True, {}, "reference"),
+        (128, 4, 64, True, {}, "sdpa"),
+        (128, 4, 128, True, {}, "reference"),
+        (64, 1, 128, True, {}, "sdpa"),
+        (256, 1, 128, True, {"dtype": torch.bfloat16}, "sdpa"),
+    ],
+)
+def test_auto_leaves_gradients_of_wide_heads_to_others(length, rows, width, wants, changes, name):
+    q = torch.empty(rows, 4, length, width, requires_grad=wants)
+    request = request_of(queries=range(length), keys=range(length), **changes)
+    q = q.to(request.dtype)
+    backend = get_backend("auto")
+    assert backend.name_for(q, q, request.of(backend), 0.0) == name
+
+
+@pytest.mark.parametrize(("length", "name"), [(384, "windowed"), (511, "windowed"), (383, "sdpa")])
+def test_auto_takes_tiles_later_where_keys_are_hidden(length, name):
+    request = request_of(queries=range(length), keys=range(length))
+    assert get_backend("auto").choose(request) == name
+    padding = torch.zeros(1, length, dtype=torch.bool)
+    hidden = request_of(queries=range(length), keys=range(length), key_is_padding=padding)
+    assert get_backend("auto").choose(hidden) == "sdpa"
+
+
 def test_auto_prefers_flash_in_half_precision(flash_attn):
     request = request_of(queries=range(4096), keys=range(4096), device=CUDA, dtype=torch.bfloat16)
     assert get_backend("auto").choose(request, 0.1) == "flash"

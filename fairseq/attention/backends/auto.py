@@ -30,11 +30,15 @@ _LONG = 512
 of this many scores, since some of a sequence's queries see all of its keys."""
 _LONG_IN_TRAINING = 384
 """The same where gradients are wanted, of which tiles take less, or with attention dropout, with
-which the fused kernel leaves its fast path."""
+which the fused kernel leaves its fast path; if nothing is hidden, so that heads have windows."""
 _MANY_BLOCKS = 96
 """The same from which on blocks up to the diagonal beat all scores at once, with dropout."""
 _FEW_SCORES = 1 << 18
 """Scores of all rows and heads below which these blocks are not worth their calls."""
+_WIDE_HEADS = 64
+_LONG_FOR_WIDE_HEADS = 192
+"""Queries with as many keys from which on blocks beat the fused kernel's gradients, which are slow
+for wide heads; all scores at once beat them from `_MANY_BLOCKS` on."""
 _LONG_ON_DEVICE = 2048
 """Queries from which on a dense mask is avoided on an accelerator."""
 
@@ -120,10 +124,19 @@ class AutoBackend(AttentionBackend):
         name = prepared.chosen
         if dropout_p != prepared.request.dropout_p:
             name = self.choose(prepared.request, dropout_p)
-        num_scores = q.size(0) * q.size(1) * q.size(2) * k.size(2)
-        if name == TriangularBackend.name and num_scores < _FEW_SCORES:
-            return ReferenceBackend.name
-        return name
+        of_head = q.size(2) * k.size(2)
+        has_few = q.size(0) * q.size(1) * of_head < _FEW_SCORES
+        if name == TriangularBackend.name:
+            return ReferenceBackend.name if has_few else name
+        width = q.size(-1)
+        is_fused = name == SdpaBackend.name and q.device.type == "cpu" and q.dtype.itemsize >= 4
+        has_gradients = torch.is_grad_enabled() and q.requires_grad
+        if not (is_fused and has_gradients) or width < _WIDE_HEADS or of_head < _MANY_BLOCKS**2:
+            return name
+        is_long = of_head >= _LONG_FOR_WIDE_HEADS**2
+        if is_long and not has_few and self._has_triangle(prepared.request):
+            return TriangularBackend.name
+        return ReferenceBackend.name if has_few or width >= 2 * _WIDE_HEADS else name
 
     def choose(self, request: Request, dropout_p: float = 0.0) -> str:
         """Returns the name of the backend for a request, if its rows are not few and short."""
@@ -132,14 +145,14 @@ class AutoBackend(AttentionBackend):
             if dropout_p == 0 and self._is_plainly_causal(request):
                 return AugmentedBackend.name
             is_training = dropout_p > 0 or torch.is_grad_enabled()
-            long = _LONG_IN_TRAINING if is_training else _LONG
+            has_windows = request.hides_nothing
+            long = _LONG_IN_TRAINING if is_training and has_windows else _LONG
             num_scores = length * len(request.key_positions)
             if num_scores >= long**2 and self._can(WindowedBackend.name, request):
                 return WindowedBackend.name
             if dropout_p == 0:
                 return SdpaBackend.name
-            has_blocks = num_scores >= _MANY_BLOCKS**2 and request.is_causal
-            if has_blocks and self._can(TriangularBackend.name, request):
+            if num_scores >= _MANY_BLOCKS**2 and self._has_triangle(request):
                 return TriangularBackend.name
             return ReferenceBackend.name
         if self._is_plainly_causal(request):
@@ -155,6 +168,10 @@ class AutoBackend(AttentionBackend):
 
     def _can(self, name: str, request: Request) -> bool:
         return self._backends[name].obstacle(request) is None
+
+    def _has_triangle(self, request: Request) -> bool:
+        """Tells whether scores beyond a diagonal need not be formed, and can be left out."""
+        return request.is_causal and self._can(TriangularBackend.name, request)
 
     def _is_plainly_causal(self, request: Request) -> bool:
         """Tells whether nothing but the future is hidden, and nothing added."""
