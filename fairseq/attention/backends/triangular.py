@@ -80,7 +80,7 @@ class _Call:
     def blocks(self, num_queries: int, num_keys: int) -> Iterator[tuple[slice, int]]:
         """Yields which queries make up a block, and how many keys they meet, the first ones."""
         num_blocks = -(-num_queries // _BLOCK)
-        length = -(-num_queries // max(1, num_blocks))
+        length = max(1, -(-num_queries // max(1, num_blocks)))
         for start in range(0, num_queries, length):
             stop = min(start + length, num_queries)
             seen = num_keys if self.shift is None else min(max(stop + self.shift, 1), num_keys)
@@ -140,7 +140,7 @@ class _Triangular(torch.autograd.Function):
             # The derivative of a score is what its value gives times its weight as it was used,
             # less its weight times what all keys of the query have in common.
             score_grad = torch.bmm(given[:, queries], v[:, :num_keys].transpose(1, 2))
-            if dropped is weights:
+            if ctx.drop_scale == 1:
                 score_grad.sub_(pull[:, queries]).mul_(weights)
             else:
                 score_grad.mul_(dropped).addcmul_(weights, pull[:, queries], value=-1)
