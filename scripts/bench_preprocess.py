@@ -2,8 +2,9 @@
 """Megabytes of text per second of fairseq-preprocess, and seconds until a command starts.
 
 Both passes over the text are measured (counting words, then encoding them), with one process and
-with two, against the same written plainly: line by line, word by word, as the original does. The
-plain form gets the first megabytes only. In one process, in turn; medians. The last line is JSON.
+with two, as whole commands, against the same written plainly: line by line, word by word, as the
+original does. The plain form gets the first megabytes only. In turn; medians. The last line is
+JSON.
 
     scripts/bench_preprocess.py                          # invented text, 30,000 words
     scripts/bench_preprocess.py --words 267744
@@ -14,8 +15,6 @@ plain form gets the first megabytes only. In one process, in turn; medians. The 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import re
 import shutil
 import statistics
@@ -31,8 +30,7 @@ from typing import Any
 import numpy as np
 from bench_tools import report, seconds_of
 
-from fairseq import options as fairseq_options
-from fairseq_cli import _commands, preprocess
+from fairseq_cli import _commands
 
 SPACES = re.compile(r"\s+")
 SIZE = 24_000_000
@@ -90,12 +88,12 @@ def invented_text(words: int) -> str:
 
 
 def preprocess_text(text: Path, destination: Path, workers: int) -> None:
-    """Does what fairseq-preprocess does."""
+    """Runs fairseq-preprocess, as a process of its own: forks of one that holds torch are slow."""
     shutil.rmtree(destination, ignore_errors=True)
-    flags = f"--only-source --trainpref {text} --destdir {destination} --workers {workers}"
-    args = fairseq_options.get_preprocessing_parser().parse_args(flags.split())
-    with contextlib.redirect_stderr(io.StringIO()):
-        preprocess.main(args)
+    program = "from fairseq_cli._commands import preprocess; preprocess()"
+    flags = ["--only-source", "--trainpref", str(text), "--destdir", str(destination)]
+    command = [sys.executable, "-c", program, *flags, "--workers", str(workers)]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def preprocess_plainly(text: Path, folder: Path) -> None:

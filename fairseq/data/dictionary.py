@@ -351,8 +351,18 @@ class Dictionary:
 
     def add_text(self, text: NumberedText) -> None:
         """Takes up the words of a text in order of their code points, and the ends of its lines."""
+        words, counts = [], []
         for word, count in sorted(text.counts(self.eos_word).items()):
-            self.add_symbol(word, count)
+            if word in self.indices:
+                self.add_symbol(word, count)
+            else:
+                words.append(word)
+                counts.append(count)
+        # In one go: there can be hundreds of thousands.
+        first = len(self.symbols)
+        self.indices.update(zip(words, range(first, first + len(words)), strict=True))
+        self.symbols += words
+        self.count += counts
 
 
 class TruncatedDictionary(Dictionary):
