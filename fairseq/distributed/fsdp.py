@@ -7,6 +7,7 @@ tensor reads such a file.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -82,6 +83,9 @@ def shard_model(
     # The rest stays whole until its backward pass: criterions use the output layer after the
     # model's own forward.
     fully_shard(model, reshard_after_forward=False, **options)
+    # Scores of a process's own words are a view, which newer torch warns of: changed in place it
+    # would get wrong gradients. No criterion changes its model's output.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     model.register_forward_hook(_give_unused_parameters_a_gradient)
     accept_whole_tensors(model)
     return model
