@@ -284,7 +284,7 @@ class _Memory:
     """Memory for the numbers of one tile, used again and again.
 
     Attributes:
-        scores: as many as the largest tile has, for each room.
+        scores: of each room, as many as the largest tile has.
         result: as many as the queries of a tile have, of all its heads.
     """
 

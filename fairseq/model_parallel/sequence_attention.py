@@ -28,7 +28,6 @@ from fairseq.attention import (
     AttentionBackend,
     AttentionBias,
     AttentionRule,
-    MaskRule,
     Positions,
     Prepared,
 )
@@ -199,10 +198,9 @@ class AllGatherBackend(SequenceParallelBackend):
     def _parts(self, request: Request, keys: Places, heads: slice) -> list[Part]:
         """Returns the parts of a run of heads: a part for each run of successive columns."""
         length, parts, first = _length(keys.positions), [], 0
-        is_causal = isinstance(request.rule, MaskRule) and request.rule.is_causal
         for segment in self.layout.segments(self.rank, length):
             # Where columns are in order of time, no query sees what follows its own segment.
-            ends = is_causal and isinstance(keys.positions, range)
+            ends = request.is_causal and isinstance(keys.positions, range)
             num_keys = segment.stop if ends else length
             prepared = self._inner_prepare(
                 request, keys.at(segment), keys.at(range(num_keys)), heads

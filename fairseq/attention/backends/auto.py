@@ -11,6 +11,7 @@ import torch
 
 from fairseq.attention.backends.augmented import AugmentedBackend
 from fairseq.attention.backends.base import AttentionBackend, Prepared
+from fairseq.attention.backends.dense import DenseBackend
 from fairseq.attention.backends.flash import FlashBackend
 from fairseq.attention.backends.flex import FlexBackend
 from fairseq.attention.backends.reference import ReferenceBackend
@@ -21,8 +22,6 @@ from fairseq.attention.backends.windowed import WindowedBackend
 
 __all__ = ["AutoBackend", "AutoPrepared"]
 
-_WITH_DENSE_MASK = (ReferenceBackend.name, SdpaBackend.name, TriangularBackend.name)
-
 logger = logging.getLogger(__name__)
 
 _LONG = 512
@@ -30,7 +29,7 @@ _LONG = 512
 of this many scores, since some of a sequence's queries see all of its keys."""
 _LONG_IN_TRAINING = 384
 """The same where gradients are wanted, of which tiles take less, or with attention dropout, with
-which the fused kernel leaves its fast path; if nothing is hidden, so that heads have windows."""
+which the fused kernel leaves its fast path; if nothing is hidden, which costs tiles most."""
 _MANY_BLOCKS = 96
 """The same from which on blocks up to the diagonal beat all scores at once, with dropout."""
 _FEW_SCORES = 1 << 18
@@ -62,7 +61,8 @@ class AutoPrepared(Prepared):
 
     def form_for(self, name: str) -> Prepared:
         """Returns what a backend attends with, made the first time."""
-        maker = SdpaBackend.name if name in _WITH_DENSE_MASK else name
+        has_mask = isinstance(self.backends[name], DenseBackend)
+        maker = SdpaBackend.name if has_mask else name
         if maker not in self.made:
             self.made[maker] = self.request.of(self.backends[maker])
         return self.made[maker]
@@ -145,8 +145,7 @@ class AutoBackend(AttentionBackend):
             if dropout_p == 0 and self._is_plainly_causal(request):
                 return AugmentedBackend.name
             is_training = dropout_p > 0 or torch.is_grad_enabled()
-            has_windows = request.hides_nothing
-            long = _LONG_IN_TRAINING if is_training and has_windows else _LONG
+            long = _LONG_IN_TRAINING if is_training and request.hides_nothing else _LONG
             num_scores = length * len(request.key_positions)
             if num_scores >= long**2 and self._can(WindowedBackend.name, request):
                 return WindowedBackend.name
