@@ -402,24 +402,17 @@ def test_a_format_that_is_not_provided_is_a_wrong_command_line(tmp_path):
     ("workers", "signal_number", "code"),
     [(1, signal.SIGINT, 130), (2, signal.SIGINT, 130), (2, signal.SIGTERM, 143)],
 )
-def test_an_interrupted_run_leaves_nothing(tmp_path, workers, signal_number, code):
-    text = write(tmp_path / "text.txt", (GOLDEN / "text/train.txt").read_bytes() * 100)
+def test_an_interrupted_run_leaves_nothing(start_process, tmp_path, workers, signal_number, code):
+    text = write(tmp_path / "text.txt", (GOLDEN / "text/train.txt").read_bytes() * 200)
     command = [*COMMAND, "--only-source", "--trainpref", str(text), "--workers", str(workers)]
-    process = subprocess.Popen(
-        [*command, "--destdir", str(tmp_path / "bin")],
-        env=ENVIRONMENT,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_process([*command, "--destdir", str(tmp_path / "bin")], env=ENVIRONMENT)
     assert "Namespace" in process.stdout.readline()
     assert [path.name[:12] for path in (tmp_path / "bin").iterdir()] == [".preprocess-"]
     if signal_number == signal.SIGINT:
         os.killpg(process.pid, signal_number)  # as a terminal does
     else:
         process.send_signal(signal_number)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert errors == ("interrupted\n" if signal_number == signal.SIGINT else "terminated\n")
     assert not (tmp_path / "bin").exists()

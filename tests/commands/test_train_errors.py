@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -94,30 +93,26 @@ def test_gradients_that_are_not_finite_end_the_run(fails, tmp_path):
     assert code == 1 and "gradients are Nan/Inf" in printed
 
 
-def test_interrupted_run_leaves_no_process_behind(tmp_path, data):
+def test_interrupted_run_leaves_no_process_behind(start_process, tmp_path, data):
     command = (
         f"{sys.executable} -m fairseq_cli.train {data} {TINY_MODEL} {TINY_TRAINING} "
         f"--save-dir {tmp_path}/ckpt --num-workers 1 --max-update 100000 --disable-validation "
         "--no-epoch-checkpoints --no-save"
     )
-    process = subprocess.Popen(
-        command.split(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start_process(command.split())
     for line in process.stdout:
         if "train_inner" in line:
             break
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    time.sleep(0.5)
+    deadline = time.monotonic() + 60
     with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 def test_a_run_that_cannot_start_leaves_the_settings_of_the_last_one(fails, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -37,21 +36,21 @@ def data(tmp_path_factory):
     return make_tiny_data(tmp_path_factory.mktemp("data"))
 
 
-def start(way, parallel, data, folder, *more):
-    command = (
+@pytest.fixture
+def start(start_process):
+    """Starts a training of two processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return lambda *settings: start_process(command(*settings), env=environment)
+
+
+def command(way, parallel, data, folder, *more):
+    line = (
         f"{data} {MODEL} {TINY_TRAINING} --update-freq 1 --save-dir {folder} "
         f"--max-update {UPDATES} --validate-interval 1000 --no-epoch-checkpoints "
         f"{DATA_PARALLEL[parallel]}"
     )
     world = ["--distributed-world-size", "2"] if way == "spawn" else []
-    return subprocess.Popen(
-        [*WAYS[way], *command.split(), *world, *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return [*WAYS[way], *line.split(), *world, *more]
 
 
 def wait_for(process, text="train_inner"):
@@ -72,7 +71,7 @@ def updates_in(folder):
 
 
 @pytest.mark.slow
-def test_they_save_end_and_go_on(data, tmp_path):
+def test_they_save_end_and_go_on(start, data, tmp_path):
     """torchrun passes the signal on to both."""
     whole, process = (
         start("torchrun", "fsdp2", data, tmp_path / run) for run in ("whole", "asked")
@@ -95,7 +94,7 @@ def test_they_save_end_and_go_on(data, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_process_that_started_them_passes_it_on(number, code, data, tmp_path):
+def test_the_process_that_started_them_passes_it_on(start, number, code, data, tmp_path):
     process = start("spawn", "c10d", data, tmp_path)
     wait_for(process)
     process.send_signal(number)
@@ -110,7 +109,7 @@ def test_the_process_that_started_them_passes_it_on(number, code, data, tmp_path
     ("way", "parallel", "code"),
     [("spawn", "tensor parallel", 130), ("torchrun", "legacy_ddp", 1)],
 )
-def test_one_worker_is_enough(way, parallel, code, data, tmp_path):
+def test_one_worker_is_enough(start, way, parallel, code, data, tmp_path):
     process = start(way, parallel, data, tmp_path)
     wait_for(process)
     os.kill(processes_below(process.pid)[-1], signal.SIGINT)  # the youngest trains
@@ -119,7 +118,7 @@ def test_one_worker_is_enough(way, parallel, code, data, tmp_path):
     assert 1 <= updates_in(tmp_path) < UPDATES
 
 
-def test_a_second_signal_ends_at_once(data, tmp_path):
+def test_a_second_signal_ends_at_once(start, data, tmp_path):
     slow = tmp_path / "slow"
     slow.mkdir()
     (slow / "__init__.py").write_text(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -487,30 +486,24 @@ main()
 """
 
 
-def run_script(tmp_path, how):
+def leave_early(start_process, tmp_path, how):
     script = tmp_path / "leave_early.py"
     script.write_text(LEAVE_EARLY)
-    return subprocess.Popen(
-        [sys.executable, script, how],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return start_process([sys.executable, script, how])
 
 
 @pytest.mark.parametrize(("how", "exit_code"), [("leave", 0), ("raise", 3)])
-def test_a_process_that_stops_within_an_epoch_ends_quietly(tmp_path, how, exit_code):
-    process = run_script(tmp_path, how)
+def test_a_process_that_stops_within_an_epoch_ends_quietly(start_process, tmp_path, how, exit_code):
+    process = leave_early(start_process, tmp_path, how)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (exit_code, "")
 
 
-def test_ctrl_c_ends_with_one_traceback_and_no_processes_left(tmp_path):
-    process = run_script(tmp_path, "wait")
+def test_ctrl_c_ends_with_one_traceback_and_no_processes_left(start_process, tmp_path):
+    process = leave_early(start_process, tmp_path, "wait")
     assert process.stdout.readline() == "reading\n"
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     assert err.count("Traceback") == 1
     assert err.endswith("KeyboardInterrupt\n")

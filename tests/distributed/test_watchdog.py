@@ -2,9 +2,14 @@
 
 import subprocess
 import sys
-import time
 
-from fairseq.distributed.watchdog import Heartbeat
+
+def run(script):
+    """Returns the exit code, stdout and stderr of a program of its own, which may be ended."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_a_stalled_process_is_ended_with_the_stacks_of_its_threads():
@@ -16,18 +21,22 @@ def test_a_stalled_process_is_ended_with_the_stacks_of_its_threads():
         "def waits_for_ever(): time.sleep(60)\n"
         "waits_for_ever()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30
-    )
-    assert done.returncode == 1
-    assert "no progress for 0.2 seconds (--heartbeat-timeout)" in done.stderr
-    assert "waits_for_ever" in done.stderr
+    code, _, errors = run(script)
+    assert code == 1
+    assert "no progress for 0.2 seconds (--heartbeat-timeout)" in errors
+    assert "waits_for_ever" in errors
 
 
 def test_beats_keep_a_process_alive():
-    heart = Heartbeat(0.3)
-    for _ in range(5):
-        heart.beat()
-        time.sleep(0.1)
-    heart.close()
-    time.sleep(0.4)
+    script = (
+        "import time\n"
+        "from fairseq.distributed.watchdog import Heartbeat\n"
+        "heart = Heartbeat(1.5)\n"
+        "for _ in range(5):\n"
+        "    heart.beat()\n"
+        "    time.sleep(0.4)\n"
+        "heart.close()\n"
+        "time.sleep(1.6)\n"
+        "print('alive')"
+    )
+    assert run(script) == (0, "alive\n", "")
