@@ -8,6 +8,7 @@ a defect can cause keeps its traceback.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -82,7 +83,17 @@ def run_command(main: Callable[[], object]) -> None:
 
 def start(module: str) -> None:
     """Runs `fairseq_cli.<module>`; the imports, which take seconds, may be interrupted too."""
-    run_command(lambda: importlib.import_module(f"fairseq_cli.{module}").cli_main())
+    run_command(lambda: _import(f"fairseq_cli.{module}").cli_main())
+
+
+def _import(module: str) -> Any:
+    """Imports a module without garbage collection: torch makes a lot, and all of it stays."""
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager

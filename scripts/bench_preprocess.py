@@ -7,7 +7,7 @@ original does. The plain form gets the first megabytes only. In turn; medians. T
 JSON.
 
     scripts/bench_preprocess.py                          # invented text, 30,000 words
-    scripts/bench_preprocess.py --words 267744
+    scripts/bench_preprocess.py --words 267744 --mb 240 --runs 3
     scripts/bench_preprocess.py --text wiki.test.tokens
     scripts/bench_preprocess.py --only start             # start-up of the commands
 """
@@ -33,7 +33,6 @@ from bench_tools import report, seconds_of
 from fairseq_cli import _commands
 
 SPACES = re.compile(r"\s+")
-SIZE = 24_000_000
 PLAIN_SIZE = 1_000_000
 
 
@@ -41,8 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--text", type=Path, help="a text, repeated up to 24 MB; else invented")
+    parser.add_argument("--text", type=Path, help="a text, repeated; else invented")
     parser.add_argument("--words", type=int, default=30_000, help="vocabulary of invented text")
+    parser.add_argument("--mb", type=int, default=24, help="megabytes of text, at most")
     parser.add_argument("--runs", type=int, default=5, help="runs of each form that count")
     parser.add_argument("--only", choices=["text", "start"], default="text")
     options = parser.parse_args()
@@ -57,7 +57,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measures all forms on one text."""
     text, short = folder / "train.txt", folder / "short.txt"
     content = options.text.read_text("utf-8") if options.text else invented_text(options.words)
-    text.write_text(content * max(1, SIZE // len(content.encode())), "utf-8")
+    text.write_text(content * max(1, options.mb * 10**6 // len(content.encode())), "utf-8")
     short.write_text(content[:PLAIN_SIZE].rpartition("\n")[0] + "\n", "utf-8")
     forms: dict[str, Callable[[], object]] = {
         "one process": lambda: preprocess_text(text, folder / "one", 1),

@@ -24,3 +24,14 @@ def test_nothing_slow_is_imported_for_help():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.stdout.rstrip().endswith("imported: []"), done.stdout[-300:] + done.stderr
     assert done.stdout.count("usage:") == 9
+
+
+def test_garbage_is_collected_again_once_a_command_runs():
+    program = (
+        "import gc, sys\n"
+        "from fairseq_cli import _commands, score\n"
+        "score.cli_main = lambda: print(gc.isenabled(), gc.get_freeze_count() > 1000)\n"
+        "_commands.score()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
