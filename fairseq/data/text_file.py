@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -224,8 +225,32 @@ def _pool_context() -> Any:
     return multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Handles SIGINT and SIGTERM that come meanwhile at the end, as forks of processes need it.
+
+    What a handler raises in the functions that Python calls around a fork gets lost, and a worker
+    would die of a ctrl-C that reaches it before it ignores them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not None}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 def _submit(pool: ProcessPoolExecutor, chunk: Chunk) -> Future[Any]:
-    with warnings.catch_warnings():
+    with _signals_held(), warnings.catch_warnings():
         # Python >= 3.12 warns of forking beside the threads of numerical libraries, none of which
         # the workers use.
         warnings.simplefilter("ignore", DeprecationWarning)

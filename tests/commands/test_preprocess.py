@@ -418,6 +418,28 @@ def test_an_interrupted_run_leaves_nothing(start_process, tmp_path, workers, sig
     assert not (tmp_path / "bin").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_an_interruption_while_workers_start_is_not_lost(tmp_path):
+    text = write(tmp_path / "text.txt", (GOLDEN / "text/train.txt").read_bytes() * 20)
+    code = (
+        "import os, signal\n"
+        "def ctrl_c(): os.kill(os.getpid(), signal.SIGINT)\n"
+        "os.register_at_fork(before=ctrl_c, after_in_child=ctrl_c)\n"
+        "from fairseq_cli._commands import preprocess\n"
+        "preprocess()"
+    )
+    arguments = ["--only-source", "--trainpref", str(text), "--destdir", str(tmp_path / "bin")]
+    found = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--workers", "2"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
+    )
+    assert (found.returncode, found.stderr) == (130, "interrupted\n")
+    assert not (tmp_path / "bin").exists()
+
+
 def test_torch_is_never_loaded(tmp_path):
     code = (
         "import sys\nfrom fairseq_cli.preprocess import cli_main\n"
