@@ -236,8 +236,8 @@ def _signals_held() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    handlers = {number: handler for number, handler in handlers.items() if handler is not None}
+    found = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: handler for number, handler in found.items() if handler is not None}
     try:
         for number in handlers:
             signal.signal(number, lambda number, frame: came.append(number))
