@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import gc
 import importlib
@@ -35,23 +36,40 @@ __all__ = [
     "set_torch_seed",
     "softmax",
     "strip_pad",
+    "tensors_in",
 ]
 
 # Scores over a vocabulary that are there at a time: 4 MiB in float32 on a CPU, 64 MiB elsewhere.
 _MOST_SCORES = {"cpu": 1 << 20}
 
 
-def apply_to_sample(function: Callable[[Any], Any], sample: Any) -> Any:
-    """Applies a function to every tensor in nested dictionaries, lists, tuples and sets."""
+def apply_to_sample(function: Callable[[torch.Tensor], Any], sample: Any) -> Any:
+    """Applies a function to every tensor in nested dictionaries, lists, tuples and sets.
+
+    Args:
+        function: what takes the place of a tensor.
+        sample: containers of these kinds are made anew, named tuples and those of transformers
+            (`ModelOutput`) too; anything else stays.
+    """
     import torch
 
-    if torch.is_tensor(sample):
+    if isinstance(sample, torch.Tensor):
         return function(sample)
+    kind = type(sample)
     if isinstance(sample, dict):
-        return type(sample)((key, apply_to_sample(function, v)) for key, v in sample.items())
+        values = {key: apply_to_sample(function, value) for key, value in sample.items()}
+        return kind(**values) if dataclasses.is_dataclass(kind) else kind(values)
     if isinstance(sample, (list, tuple, set)):
-        return type(sample)(apply_to_sample(function, v) for v in sample)
+        entries = [apply_to_sample(function, each) for each in sample]
+        return kind(*entries) if hasattr(kind, "_fields") else kind(entries)
     return sample
+
+
+def tensors_in(sample: Any) -> list[torch.Tensor]:
+    """Returns the tensors that `apply_to_sample` would visit, in its order."""
+    found: list[torch.Tensor] = []
+    apply_to_sample(found.append, sample)
+    return found
 
 
 def move_to_cuda(sample: Any, device: Any = None) -> Any:

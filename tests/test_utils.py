@@ -2,9 +2,12 @@
 
 import argparse
 import ctypes
+import dataclasses
 import math
 import subprocess
 import sys
+from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -95,3 +98,42 @@ def test_freed_memory_is_kept_for_the_next_tensor():
         for keep in (False, True)
     ]
     assert found[0] > 10 * max(found[1], 1)  # without it every page is given anew
+
+
+class Pair(NamedTuple):
+    """As a batch may hold."""
+
+    first: object
+    second: object
+
+
+@dataclasses.dataclass
+class Output(OrderedDict):
+    """Built like a `ModelOutput` of transformers, which takes keywords alone."""
+
+    logits: object = None
+
+    def __post_init__(self):
+        self["logits"] = self.logits
+
+
+def test_tensors_of_every_container():
+    x, y = torch.ones(2), torch.zeros(1)
+    sample = {
+        "list": [x, None, "text"],
+        "tuple": (x, Pair(y, 3)),
+        "size": torch.Size([2, 3]),
+        "ordered": OrderedDict(inner=y),
+        "output": Output(logits=x),
+        "set": {1, 2},
+    }
+    doubled = utils.apply_to_sample(lambda tensor: tensor + 1, sample)
+    assert [tensor.tolist() for tensor in utils.tensors_in(doubled)] == [
+        *([2, 2], [2, 2], [1]),
+        *([1], [2, 2]),
+    ]
+    kinds = {key: type(value) for key, value in sample.items()}
+    assert {key: type(value) for key, value in doubled.items()} == kinds
+    assert doubled["tuple"][1].second == 3 and doubled["output"].logits.tolist() == [2, 2]
+    assert doubled["list"][1:] == [None, "text"] and doubled["set"] == {1, 2}
+    assert sample["tuple"][1].first is y

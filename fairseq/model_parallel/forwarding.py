@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fairseq.model_parallel.nested import map_tensors
 from fairseq.model_parallel.remote_graph import RemoteGraphs
 from fairseq.model_parallel.worker import WorkerSettings
 from fairseq.model_parallel.worker_optimizer import WorkerOptimizer
 from fairseq.model_parallel.workers import WorkerPool
+from fairseq.utils import apply_to_sample
 
 __all__ = ["Forwarding", "Parallelization"]
 
@@ -141,7 +141,7 @@ class Forwarding(Parallelization):
     def _without_graph(self, name: str, *args: Any, **kwargs: Any) -> Any:
         self._pass_on_modes()
         self._graphs.forget_dropped()
-        args, kwargs = map_tensors(torch.Tensor.detach, (args, kwargs))
+        args, kwargs = apply_to_sample(torch.Tensor.detach, (args, kwargs))
         return self._pool.call("invoke", name, args, kwargs)
 
     def _modes_now(self) -> tuple[dict[str, bool], dict[str, bool]]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fairseq.model_parallel.nested import map_tensors, tensors_in
 from fairseq.model_parallel.workers import WorkerPool
+from fairseq.utils import apply_to_sample, tensors_in
 
 __all__ = ["RemoteGraphs"]
 
@@ -49,7 +49,7 @@ class RemoteGraphs:
         )
         linked = dict(zip(with_grad, found, strict=True))
         numbers = itertools.count()
-        return map_tensors(lambda tensor: linked.get(next(numbers), tensor), result)
+        return apply_to_sample(lambda tensor: linked.get(next(numbers), tensor), result)
 
     def forget_dropped(self) -> None:
         """Lets the workers free graphs whose results are gone."""
@@ -66,7 +66,7 @@ class _Call:
     ) -> None:
         self.pool = pool
         self.number = number
-        self._arguments: Any = map_tensors(torch.Tensor.detach, (args, kwargs))
+        self._arguments: Any = apply_to_sample(torch.Tensor.detach, (args, kwargs))
         self._wanted = wanted
         self._is_used = False
 

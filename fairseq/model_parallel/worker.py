@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fairseq.model_parallel.nested import map_tensors, tensors_in
 from fairseq.model_parallel.shards import is_cut_over
-from fairseq.utils import local_part
+from fairseq.utils import apply_to_sample, local_part, tensors_in
 
 __all__ = ["Worker", "WorkerSettings", "memory_of"]
 
@@ -97,7 +96,7 @@ class Worker:
     def invoke(self, name: str, args: Any, kwargs: Any) -> Any:
         """Calls the model, or a method of it, without gradients."""
         function = self.model if name == "forward" else getattr(self.model, name)
-        args, kwargs = map_tensors(lambda x: x.to(self.device), (args, kwargs))
+        args, kwargs = apply_to_sample(lambda x: x.to(self.device), (args, kwargs))
         with torch.no_grad():
             return _without_caches(function(*args, **kwargs))
 
@@ -115,7 +114,7 @@ class Worker:
         Returns:
             The result, and which of the tensors in it have gradients.
         """
-        args, kwargs = map_tensors(lambda x: x.to(self.device), (args, kwargs))
+        args, kwargs = apply_to_sample(lambda x: x.to(self.device), (args, kwargs))
         given = tensors_in((args, kwargs))
         inputs = [given[i].requires_grad_() for i in wanted]
         result = _without_caches(self.model(*args, **kwargs))

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from fairseq.distributed.fsdp import gather_whole, shard_optimizer_state
-from fairseq.model_parallel.nested import map_tensors
 from fairseq.model_parallel.shards import is_cut_over
 from fairseq.model_parallel.tensor_parallel import file_layout
 from fairseq.model_parallel.workers import WorkerPool
+from fairseq.utils import apply_to_sample
 
 __all__ = ["OptimizerPart", "WorkerOptimizer", "build_optimizer"]
 
@@ -141,7 +141,7 @@ class OptimizerPart:
         self._set(settings)
         keep = dist.get_rank() == 0
         # Sent tensors are moved to shared memory; those in use are to stay this worker's own.
-        own = map_tensors(_own_copy, self._optimizer.state_dict())
+        own = apply_to_sample(_own_copy, self._optimizer.state_dict())
         state: dict[str, Any] = gather_whole(own, keep=keep)
         if keep:
             self._by_name(state, file_layout(self._model).restore)
@@ -152,7 +152,7 @@ class OptimizerPart:
         self._by_name(state, file_layout(self._model).arrange)
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
         # What arrives lies in memory that all workers share.
-        part = map_tensors(torch.clone, shard_optimizer_state(state, params))
+        part = apply_to_sample(torch.clone, shard_optimizer_state(state, params))
         self._optimizer.load_state_dict(part)
         return self.settings()
 

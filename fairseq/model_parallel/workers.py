@@ -22,8 +22,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from fairseq.model_parallel.nested import map_tensors
 from fairseq.model_parallel.worker import Worker, WorkerSettings
+from fairseq.utils import apply_to_sample
 
 __all__ = ["WorkerPool", "free_port"]
 
@@ -183,4 +183,4 @@ def _work(rank: int, settings: WorkerSettings, pipe: Any, parents: Any) -> None:
 
 
 def _to_send(result: Any) -> Any:
-    return map_tensors(lambda tensor: tensor.detach().cpu(), result)
+    return apply_to_sample(lambda tensor: tensor.detach().cpu(), result)
