@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fairseq.attention.random_bits import DropMask
 
@@ -60,7 +61,8 @@ class Distances:
         return self._factors
 
     def _exponentials(self, dtype: torch.dtype, smallest: float) -> torch.Tensor:
-        terms = self.terms.detach().to(dtype)
+        # Tiles are views that count on a row's numbers lying side by side.
+        terms = self.terms.detach().to(dtype).contiguous()
         return terms.clamp(min=smallest).exp_().masked_fill_(terms < smallest, 0.0)
 
 
@@ -157,6 +159,7 @@ class _Tiled(torch.autograd.Function):
         return out, lse if reference is None else lse.add_(reference)
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, out_grad: torch.Tensor, lse_grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:

@@ -146,7 +146,7 @@ def measure_scores(
         mine = q[:, start : start + _CHUNK]
         theirs = k[:, shift + start : shift + start + mine.size(1)]
         size[:, start : start + _CHUNK] = torch.linalg.vector_norm(mine, dim=-1, dtype=dtype)
-        own[:, start : start + _CHUNK] = (mine * theirs).sum(-1, dtype=dtype)
+        own[:, start : start + _CHUNK] = (mine.to(dtype) * theirs).sum(-1)
     for start in range(0, k.size(1), _CHUNK):
         norms = torch.linalg.vector_norm(k[:, start : start + _CHUNK], dim=-1, dtype=dtype)
         key_size = torch.maximum(key_size, norms.amax((0, 1)))
@@ -241,7 +241,8 @@ def _gap_of_averages(
     gaps = scores.gaps[:, head]
     if num_chunks < 4 or first >= q.size(2):
         return gaps.amax()
-    means = k[:, head, : num_chunks * size].unflatten(1, (num_chunks, size)).mean(2)  # (B, C, K)
+    chunks = k[:, head, : num_chunks * size].unflatten(1, (num_chunks, size))
+    means = chunks.mean(2, dtype=gaps.dtype)  # (B, C, K)
     near = (means[:, :-3] + means[:, 1:-2] + means[:, 2:-1] + means[:, 3:]) / 4
     places = torch.arange(first + shift, shift + q.size(2), device=q.device)
     near = near.index_select(1, places.div_(size, rounding_mode="floor") - 4)  # (B, T - first, K)

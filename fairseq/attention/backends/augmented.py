@@ -15,6 +15,7 @@ Shapes: `B` rows, `H` heads, `T` queries, `S` keys, `K` head width, `N` queries 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,9 @@ class AugmentedBackend(AttentionBackend):
         request, width = prepared.request, q.size(-1)
         scale = width**-0.5 if scale is None else scale
         is_square = request.hides_nothing and q.size(2) == k.size(2)
-        steepest = float(prepared.slopes.max())
+        if scale <= 0:  # kernels multiply what is hidden by it too, and columns are divided by it
+            q, scale = q * scale, 1.0
+        steepest = float(prepared.slopes.abs().max())
         if steepest == 0 and is_square:
             return F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, dropout_p=dropout_p, scale=scale
@@ -171,9 +174,10 @@ def _widen(
     positions = torch.arange(end - k.size(2), end, dtype=torch.float64)
     if q.dtype.itemsize < 4:
         high = positions.div(_BASE, rounding_mode="floor")
-        parts, factors = _exact_parts(slopes / scale, q.dtype), (float(_BASE), 1.0)
-        columns = [(part * factor) for part in parts for factor in factors]
-        rows = [high, positions - high * _BASE] * len(parts)
+        # 256 is shared between both sides, so that neither becomes too large for float16.
+        parts, shared = _exact_parts(slopes / scale, q.dtype), math.sqrt(_BASE)
+        columns = [(part * factor) for part in parts for factor in (shared, 1.0)]
+        rows = [high * shared, positions - high * _BASE] * len(parts)
     else:
         columns, rows = [slopes / scale], [positions - end]
     spare = -len(rows) % 8

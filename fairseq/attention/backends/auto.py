@@ -51,7 +51,8 @@ class AutoPrepared(Prepared):
         chosen: the backend for the rate of dropout that was asked for.
         backends: all there are, by name.
         made: by backend; those that take a dense mask share it. Another than the chosen one is
-            made when a layer attends with another rate.
+            made when a layer attends with another rate, and kept if the bias is fixed. A layer
+            that is computed again for its gradients has to make a learned one again too.
     """
 
     request: Request
@@ -59,13 +60,22 @@ class AutoPrepared(Prepared):
     backends: Mapping[str, AttentionBackend]
     made: dict[str, Prepared] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Now, not in the first layer.
+        self.made[self._maker_for(self.chosen)] = self.form_for(self.chosen)
+
     def form_for(self, name: str) -> Prepared:
-        """Returns what a backend attends with, made the first time."""
-        has_mask = isinstance(self.backends[name], DenseBackend)
-        maker = SdpaBackend.name if has_mask else name
-        if maker not in self.made:
-            self.made[maker] = self.request.of(self.backends[maker])
-        return self.made[maker]
+        """Returns what a backend attends with."""
+        maker = self._maker_for(name)
+        if maker in self.made:
+            return self.made[maker]
+        made = self.request.of(self.backends[maker])
+        if not self.request.bias.is_learned:
+            self.made[maker] = made
+        return made
+
+    def _maker_for(self, name: str) -> str:
+        return SdpaBackend.name if isinstance(self.backends[name], DenseBackend) else name
 
 
 class AutoBackend(AttentionBackend):
@@ -91,16 +101,13 @@ class AutoBackend(AttentionBackend):
 
     def prepare_request(self, request: Request) -> AutoPrepared:
         chosen = self.choose(request, request.dropout_p)
-        prepared = AutoPrepared(
+        return AutoPrepared(
             self,
             key_is_padding=request.key_is_padding,
             request=request,
             chosen=chosen,
             backends=self._backends,
         )
-        # Now, not in the first layer, which may be computed again for its gradients.
-        prepared.form_for(chosen)
-        return prepared
 
     def attend(
         self,

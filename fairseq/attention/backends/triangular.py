@@ -55,7 +55,9 @@ class TriangularBackend(DenseBackend):
         scale = q.size(-1) ** -0.5 if scale is None else scale
         seed = new_seed() if dropout_p > 0 else 0
         call = _Call(prepared.causal_shift, scale, dropout_p, seed, torch.is_grad_enabled())
-        out: torch.Tensor = _Triangular.apply(q, k, v, prepared.mask, call)
+        # A bias may be the same for all queries, or for all keys.
+        mask = prepared.mask.expand(*prepared.mask.shape[:-2], q.size(2), k.size(2))
+        out: torch.Tensor = _Triangular.apply(q, k, v, mask, call)
         return out if prepared.is_blind is None else out.masked_fill(prepared.is_blind, 0.0)
 
 

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _SMALL_SCORES = 20.0
 """Up to here exponentials of scores need no reference: exp(20) * exp(-60) is a normal number."""
 _LARGEST_GAP = 60.0
+_PADDING = -3
+"""Label of keys that are padding."""
 
 _Terms = tuple[Distances, list[tuple[int, int]], bool]
 
@@ -43,8 +45,11 @@ class WindowedPrepared(Prepared):
         slopes: how terms fall, infinite towards what is hidden; None where no window is known.
         query_labels: (B or 1, T), or None.
         key_labels: (B or 1, S), or None.
-        is_tame: whether exponentials of terms are neither huge nor, for a query's own key, tiny.
-        plain: the same for kernels with a dense mask, made when they are needed.
+        is_tame: whether exponentials of terms are neither huge nor, for a query's own key, tiny,
+            and no document hides that key from it.
+        plain: the same for kernels with a dense mask, made when they are needed and kept if the
+            bias is fixed. A layer that is computed again for its gradients has to make a learned
+            one again too.
     """
 
     request: Request
@@ -99,7 +104,7 @@ class WindowedBackend(AttentionBackend):
             slopes=_slopes(request, reach),
             query_labels=query_labels,
             key_labels=key_labels,
-            is_tame=is_tame,
+            is_tame=is_tame and _own_keys_belong_to_queries(request),
         )
 
     def attend(
@@ -176,15 +181,14 @@ class WindowedBackend(AttentionBackend):
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "scores or biases are too large for --attention-backend windowed, which takes no "
-                "maximum; such layers are computed with a dense mask"
+                "--attention-backend windowed takes no maximum of scores; where scores or biases "
+                "are too large for that, or a document hides a query's own key from it, it "
+                "computes with a dense mask"
             )
-        if prepared.plain is None:
-            is_dropped = dropout_p > 0
-            prepared.plain = prepared.request.of(
-                ReferenceBackend() if is_dropped else SdpaBackend()
-            )
-        plain = prepared.plain
+        plain, request = prepared.plain, prepared.request
+        if plain is None:
+            plain = request.of(ReferenceBackend() if dropout_p > 0 else SdpaBackend())
+            prepared.plain = None if request.bias.is_learned else plain
         return plain.backend.attend(q, k, v, plain, dropout_p=dropout_p, scale=scale)
 
     def _distances(self, request: Request) -> _Terms:
@@ -231,11 +235,28 @@ def _labels(request: Request) -> tuple[torch.Tensor | None, torch.Tensor | None]
         keys = torch.zeros(is_padding.shape)
         queries = torch.zeros(1, len(request.query_positions))
     else:
-        keys, queries = (
-            each.float().view(-1, each.size(-1)) for each in (documents, request.query_documents)
-        )
-    # A number that no document has; see also those for places beyond the ends.
-    return queries, keys if is_padding is None else keys.masked_fill(is_padding, -3.0)
+        keys, queries = _numbers_of_documents(documents, request.query_documents)
+    # A number that no document has.
+    return queries, keys if is_padding is None else keys.masked_fill(is_padding, _PADDING)
+
+
+def _numbers_of_documents(*documents: torch.Tensor) -> list[torch.Tensor]:
+    """Returns numbers above that of padding, which float32 tells apart, (B or 1, ...) each."""
+    limits = [int(limit) for each in documents if each.numel() for limit in each.aminmax()]
+    if limits and (min(limits) <= _PADDING or max(limits) > 1 / torch.finfo(torch.float32).eps):
+        sizes = [each.numel() for each in documents]
+        together = torch.cat([each.flatten() for each in documents])
+        parts = together.unique(return_inverse=True)[1].split(sizes)
+        documents = tuple(part.view_as(each) for part, each in zip(parts, documents, strict=True))
+    return [each.float().view(-1, each.size(-1)) for each in documents]
+
+
+def _own_keys_belong_to_queries(request: Request) -> bool:
+    """Tells whether each query is of the same document as the key at its position."""
+    queries, keys = request.query_documents, request.key_documents
+    if queries is None or keys is None:
+        return True
+    return bool((keys.narrow(-1, request.shift or 0, queries.size(-1)) == queries).all())
 
 
 def _slopes(request: Request, reach: list[tuple[int, int]]) -> Slopes | None:
