@@ -120,6 +120,9 @@ def alibi_sdpa(
         value: (B, H or fewer, S, K).
         attention_mask: (B, 1, T, S), bool or added to scores; None where nothing is masked.
         kwargs: what models hand on: `scaling`, `dropout`, `position_ids` and more.
+
+    Raises:
+        ValueError: the model has a position bias of its own beside ALiBi.
     """
     if _records():
         return alibi_eager(module, query, key, value, attention_mask, **kwargs)
@@ -142,7 +145,8 @@ def alibi_eager(
     """Computes attention from its formula, and returns its weights; see `alibi_sdpa`.
 
     Raises:
-        ValueError: the model wants something between scores and softmax that is not done here.
+        ValueError: the model wants something between scores and softmax that is not done here, or
+            has a position bias of its own beside ALiBi.
     """
     for extra in ("softcap", "s_aux"):
         if kwargs.get(extra) is not None:
@@ -154,6 +158,8 @@ def alibi_eager(
     scores = (
         query @ key.transpose(-1, -2) * (query.size(-1) ** -0.5 if scaling is None else scaling)
     )
+    if kwargs.get("position_bias") is not None:
+        scores = scores + kwargs["position_bias"]
     if mask is not None:
         least = torch.finfo(scores.dtype).min
         scores = scores.where(mask, least) if mask.dtype == torch.bool else scores + mask
@@ -175,12 +181,14 @@ def alibi_flex(
 
     With a cache, when queries are few, it is computed as `alibi_sdpa` does.
     """
-    bias = _bias_of(module)
+    bias = _bias_of(module, kwargs)
     if bias is None:
         plain: Output = _library["flex"](module, query, key, value, attention_mask, **kwargs)
         return plain
     if not hasattr(attention_mask, "seq_lengths"):  # No block mask was made.
         return alibi_sdpa(module, query, key, value, attention_mask, **kwargs)
+    if bias.is_unmasked:
+        return alibi_sdpa(module, query, key, value, None, **kwargs)
     where = bias.positions(query, key, None, kwargs.get("position_ids"), None)
     term = _LazyTerm(bias.linear_bias(key.size(2)), *where, device=query.device)
     kwargs["position_bias"] = term
@@ -214,8 +222,14 @@ def _two_dimensional(positions: torch.Tensor) -> torch.Tensor:
     return positions if positions.dim() == 2 else positions.unsqueeze(0)
 
 
-def _bias_of(module: nn.Module) -> ScoreBias | None:
+def _bias_of(module: nn.Module, kwargs: dict[str, Any]) -> ScoreBias | None:
+    """Returns a module's bias, which must be the only one that tells positions."""
     bias: ScoreBias | None = getattr(module, "alibi", None)
+    if bias is not None and kwargs.get("position_bias") is not None:
+        raise ValueError(
+            f"{type(module).__name__} adds a position bias of its own to its scores, such as T5's "
+            "relative_attention_bias, which would stay in effect beside ALiBi"
+        )
     seen = getattr(_local, "seen", None)
     if seen is not None:
         seen.add(module)
@@ -230,7 +244,7 @@ def _additive(
     kwargs: dict[str, Any],
 ) -> torch.Tensor | None:
     """Returns the mask with the module's bias in it, if it has one."""
-    bias = _bias_of(module)
+    bias = _bias_of(module, kwargs)
     if bias is None:
         return mask
     offset = getattr(module, "alibi_query_offset", None)

@@ -100,6 +100,7 @@ class ScoreBias:
 
     Attributes:
         strength: what the bias is multiplied by; 1 but while it is checked.
+        is_unmasked: whether every query sees every key; False but while it is checked.
     """
 
     def __init__(self, num_heads: int, kind: str, settings: AlibiSettings) -> None:
@@ -107,6 +108,7 @@ class ScoreBias:
         self.kind = kind
         self.settings = settings
         self.strength = 1.0
+        self.is_unmasked = False
         self._scaling = settings.scaling()
         self._heads = slice(0, num_heads)
         self._biases: dict[tuple[float, float], AttentionBias] = {}
@@ -162,7 +164,8 @@ class ScoreBias:
         if torch.compiler.is_compiling() or (mask is not None and mask.requires_grad):
             return self._make(query, key, mask, position_ids, query_offset)
         sources = (mask, position_ids, query_offset, given)
-        shape = (*query.shape[1:3], key.size(2), query.dtype, query.device, self.strength)
+        shape = (*query.shape[1:3], key.size(2), query.dtype, query.device)
+        shape = (*shape, self.strength, self.is_unmasked)
         made = self._kept.made if self._kept and self._kept.fits(sources, shape) else None
         if made is None:
             made = self._make(query, key, mask, position_ids, query_offset)
@@ -213,7 +216,11 @@ class ScoreBias:
             )
         term = term.to(query.dtype)
         if mask is not None and mask.dtype != torch.bool:
-            term = term + mask.to(query.dtype)
+            # What is added besides the mask stays, such as a model's own bias.
+            added = mask.masked_fill(~_as_bool(mask), 0.0) if self.is_unmasked else mask
+            term = term + added.to(query.dtype)
+        if self.is_unmasked:
+            return term
         for allowed in self._rules(mask, where, query.device):
             term = term.where(allowed, torch.finfo(query.dtype).min)
         return term

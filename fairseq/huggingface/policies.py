@@ -136,5 +136,12 @@ def is_cross_attention(module: nn.Module, name: str) -> bool:
         return bool(told)
     of_class = type(module).__name__.lower()
     parts = name.lower().split(".")
-    signs = ("crossattention", "cross_attn", "encoder_attn", "cross_attention")
+    signs = (
+        "crossattention",
+        "cross_attn",
+        "cross_attention",
+        "encoder_attn",
+        "encdecattention",
+        "encoder_decoder_attention",
+    )
     return any(sign in of_class or sign in parts for sign in signs)

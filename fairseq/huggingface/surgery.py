@@ -136,6 +136,7 @@ class Operation:
         self.set_attribute(module, "alibi", self._biases[kind, heads])
         self.attached.append(module)
         if is_cross:
+            self._undo.append(lambda: vars(module).pop("alibi_query_offset", None))
             self._hook(module, note_query_offset)
 
     def _kind(self, is_causal: bool) -> str:

@@ -37,7 +37,7 @@ def test_a_model_with_alibi(run, tmp_path) -> None:
     code, out, _ = run(tmp_path)
     assert code == 0
     assert "gentlest slope 2**-6" in out and "2 attention modules, causal" in out
-    assert out.count("PASS") == 7 and "FAIL" not in out
+    assert out.count("PASS") == 8 and "FAIL" not in out
 
 
 def test_a_model_without(run, tmp_path) -> None:
