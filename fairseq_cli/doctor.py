@@ -25,8 +25,6 @@ __all__ = ["cli_main", "examine_hf", "main"]
 
 logger = logging.getLogger("fairseq_cli.doctor")
 
-# Rows and tokens of most checks; tokens of those of precision, and of those of length.
-_ROWS, _LENGTH, _LONG, _MOST_EXTRA = 3, 64, 512, 256
 _DICTIONARY = "dictionary fits"
 
 
@@ -116,35 +114,21 @@ def _examine(
     tokens = None if task is None else _text(cfg, task)
     model = _load(path, state, task)
     device = move_to_device([model], cfg) or torch.device("cpu")
-    train_length = int(stored.get("train_length") or _LENGTH)
-    length = min(train_length, _LENGTH)
-    limit = model.decoder.position_limit or 0
-    num_long = max(_LONG, train_length + _MOST_EXTRA, limit + 1)
-    if tokens is None:
-        tokens = _random_ids(len(model.decoder.dictionary))
-    elif model.decoder.document_mask != "none":
+    if tokens is not None and model.decoder.document_mask != "none":
         # Ends of lines would tell the order of tokens, whatever the position method.
         tokens = tokens[tokens.ne(task.source_dictionary.eos())]
-    tokens = _repeat_to(tokens, _ROWS * length + num_long).to(device)
-    short, long_tokens = tokens[: _ROWS * length], tokens[_ROWS * length :]
+    tokens = None if tokens is None else tokens.to(device)
     yield from examine(
-        Patient(
+        Patient.of(
             model,
-            short.view(_ROWS, length),
-            long_tokens.unsqueeze(0),
+            state["cfg"].model,
+            tokens,
+            train_length=stored.get("train_length"),
             stored_method=stored["position_method"],
             stored_reason=stored["position_reason"],
             is_certain=stored["position_is_certain"],
-            train_length=train_length,
-            bias_max=state["cfg"].model.alibi_bias_max,
-            interpolation=_interpolation(state["cfg"].model),
         )
     )
-
-
-def _interpolation(cfg: Any) -> tuple[str, float]:
-    """Returns kind and factor of an interpolation of slopes that holds at the training length."""
-    return cfg.alibi_interpolation, cfg.alibi_interpolation_factor or 1.0
 
 
 def _dictionary_fits(state: dict[str, Any], dictionary: Any, path: str) -> Finding:
@@ -181,11 +165,6 @@ def _task_without_data(cfg: Any, size: int) -> LanguageModelingTask:
     return LanguageModelingTask(cfg, dictionary, output)
 
 
-def _random_ids(size: int) -> torch.Tensor:
-    first = Dictionary().nspecial
-    return torch.randint(first, size, (1 << 14,), generator=torch.Generator().manual_seed(0))
-
-
 def _text(cfg: Any, task: Any) -> torch.Tensor:
     """Returns the first ids of the split, one after the other, without padding."""
     subset = cfg.dataset.gen_subset
@@ -199,10 +178,6 @@ def _text(cfg: Any, task: Any) -> torch.Tensor:
             break
     ids = torch.cat(parts)
     return ids[ids.ne(task.source_dictionary.pad())]
-
-
-def _repeat_to(ids: torch.Tensor, length: int) -> torch.Tensor:
-    return ids.repeat(-(-length // len(ids)))[:length]
 
 
 if __name__ == "__main__":

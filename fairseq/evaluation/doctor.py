@@ -36,6 +36,9 @@ _HALF_ROOM = 2.0
 _EFFECT = 10.0
 # Logarithms of float32 weights, divided by slopes down to 2**-8 times some positions.
 _SLOPE_ROUNDING = 1e-5
+# Rows and tokens of most checks; tokens of those of precision, and of those of length.
+_ROWS, _LENGTH, _LONG, _MOST_EXTRA = 3, 64, 512, 256
+_NUM_RANDOM, _NUM_SPECIAL = 1 << 14, 4
 _SHIFT = 17  # positions; not a multiple of anything a backend could be blind to
 
 
@@ -88,6 +91,44 @@ class Patient:
         self.expected = self.features()
         self.tolerance = FLOAT32_TOLERANCE * rounding_error(self.model, self.tokens, torch.bfloat16)
 
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        cfg: Any,
+        tokens: torch.Tensor | None = None,
+        *,
+        train_length: int | None,
+        **stored: Any,
+    ) -> Patient:
+        """Returns a model with what its checks need.
+
+        Args:
+            model: a transformer language model, in float32 and evaluation mode.
+            cfg: its configuration.
+            tokens: ids without padding, (any number,), on the model's device; None draws some.
+            train_length: tokens of a training sample, if they are known.
+            stored: `stored_method` and what else is known of it.
+        """
+        if tokens is None:
+            tokens = _random_ids(len(model.decoder.dictionary)).to(next(model.parameters()).device)
+        train_length = int(train_length or _LENGTH)
+        length = min(train_length, _LENGTH)
+        limit = model.decoder.position_limit or 0
+        num_short = _ROWS * length
+        num_long = max(_LONG, train_length + _MOST_EXTRA, limit + 1)
+        tokens = tokens.repeat(-(-(num_short + num_long) // len(tokens)))
+        return cls(
+            model,
+            tokens[:num_short].view(_ROWS, length),
+            tokens[num_short : num_short + num_long].unsqueeze(0),
+            train_length=train_length,
+            bias_max=cfg.alibi_bias_max,
+            # At the training length, where a factor by length is 1.
+            interpolation=(cfg.alibi_interpolation, cfg.alibi_interpolation_factor or 1.0),
+            **stored,
+        )
+
     @property
     def decoder(self) -> Any:
         """The model's decoder."""
@@ -105,6 +146,11 @@ class Patient:
             chosen = self.tokens if tokens is None else tokens
             found: torch.Tensor = self.decoder.extract_features(chosen, **options)[0]
             return found
+
+
+def _random_ids(size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(_NUM_SPECIAL, size, (_NUM_RANDOM,), generator=generator)
 
 
 Outcome = tuple[str, str]

@@ -16,8 +16,9 @@ from fairseq.huggingface.policies import FAMILIES, OWN_ALIBI, policy_registry
 from fairseq.huggingface.probe import biases_of, probe, whole_models
 from fairseq.huggingface.requirements import import_transformers
 from fairseq.huggingface.surgery import MARKER, Operation
+from fairseq.positions import PositionMethod
 
-__all__ = ["apply_alibi", "check_alibi", "is_alibi", "settings_of"]
+__all__ = ["apply_alibi", "check_alibi", "is_alibi", "own_position_methods", "settings_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,20 +91,30 @@ def apply_alibi(
 
 
 def is_alibi(model: nn.Module) -> bool:
-    """Returns whether a model's self-attention is computed with ALiBi, as `apply_alibi` made it.
+    """Returns whether a model's self-attention is computed with ALiBi.
 
-    It looks at the model without running it; `check_alibi` runs it.
+    Either `apply_alibi` made it so, or it is a language model of this project whose position method
+    is ALiBi. It looks at the model without running it; `check_alibi` runs it.
     """
+    own = own_position_methods(model)
+    if any(method != "alibi" for method in own):
+        return False
     biases = biases_of(model)
-    return bool(biases) and all(
+    return bool(own or biases) and all(
         part.config._attn_implementation in IMPLEMENTATIONS.values()
         and getattr(part.config, MARKER, None) is not None
         for part in biases
     )
 
 
+def own_position_methods(model: nn.Module) -> list[str]:
+    """Returns the names of the position methods of this project's language models in a model."""
+    methods = (getattr(part, "positions", None) for part in model.modules())
+    return [method.name for method in methods if isinstance(method, PositionMethod)]
+
+
 def settings_of(model: nn.Module) -> AlibiSettings | None:
-    """Returns the settings that a model's ALiBi was made with; None without ALiBi."""
+    """Returns the settings that `apply_alibi` made a model's ALiBi with; None if it did not."""
     return next((bias.settings for bias in biases_of(model).values()), None)
 
 
@@ -164,6 +175,12 @@ def _longest(model: nn.Module) -> int:
 
 def _check_operation(operation: Operation) -> None:
     """Refuses models that have nothing to change, or cannot have what is asked for."""
+    for method in own_position_methods(operation.root):
+        what = "has ALiBi already" if method == "alibi" else f"has the position method {method}"
+        raise ValueError(
+            f"{type(operation.root).__name__} is a language model of this project and {what}; "
+            "fairseq-train chooses it, by --position-method"
+        )
     for part in operation.root.modules():
         kind = getattr(getattr(part, "config", None), "model_type", None)
         if kind in OWN_ALIBI:

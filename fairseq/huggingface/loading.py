@@ -76,9 +76,9 @@ def _wrap_save_pretrained(base: Any) -> None:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, save_directory, *args, **kwargs)
-        from fairseq.huggingface.alibi import is_alibi
+        from fairseq.huggingface.alibi import is_alibi, settings_of
 
-        if is_alibi(self):
+        if is_alibi(self) and settings_of(self) is not None:
             _write_readme(Path(save_directory) / "README.md")
         return result
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fairseq.huggingface.alibi import apply_alibi, is_alibi
+from fairseq.huggingface.alibi import apply_alibi, is_alibi, own_position_methods
 from fairseq.huggingface.batches import REMAINDERS, piece_length, split_batch
 from fairseq.huggingface.probe import biases_of
 from fairseq.huggingface.requirements import import_transformers
@@ -101,7 +101,8 @@ class Alibi:
         count = 0
         if not is_alibi(model):
             count = apply_alibi(model, self.max_sequence_length, optimizers, **self.settings)
-        self._is_causal = any(bias.is_causal for bias in biases_of(model).values())
+        is_own = bool(own_position_methods(model))  # Those are language models, all causal.
+        self._is_causal = is_own or any(bias.is_causal for bias in biases_of(model).values())
         return count
 
     def __call__(self, batch: Any, update: int | None = None) -> Any:

@@ -17,6 +17,9 @@ from safetensors import safe_open
 from fairseq import export, options
 from fairseq.data.dictionary import Dictionary
 from fairseq.dataclass.legacy import config_to_dict, extension_fields, namespace_to_config
+from fairseq.evaluation.doctor import CHECKS
+from fairseq.huggingface import Alibi, apply_alibi, is_alibi
+from fairseq_cli import doctor
 from fairseq_cli import export as command
 
 transformers = pytest.importorskip("transformers")
@@ -66,6 +69,58 @@ def scores_of(model, tokens):
 
 def random_tokens(*shape, seed=0):
     return torch.randint(4, 4000, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- what it is told to be ----
+
+
+def test_an_exported_model_is_examined_as_its_checkpoint_is(folders, tmp_path, capsys):
+    findings = doctor.examine_hf(str(folders["wiki103_tiny"]))
+    assert all(finding.status != "FAIL" for finding in findings)
+    texts = {finding.name: finding.text for finding in findings}
+    assert "a language model of this project" in texts["the model loads"]
+    assert texts["stored method is in effect"] == "alibi (as config.json says)"
+    assert "8 heads" in texts["slopes are the method's"]
+    assert set(CHECKS) == set(texts) - {"the model loads"}
+    assert "all checks passed" in capsys.readouterr().out
+
+    (tmp_path / "config.json").write_text((folders["wiki103_tiny"] / "config.json").read_text())
+    (finding,) = doctor.examine_hf(str(tmp_path))
+    assert (finding.name, finding.status) == ("the model loads", "FAIL")
+
+
+def test_alibi_is_known_and_not_applied_again(folders):
+    model = load(folders["wiki103_tiny"])
+    assert is_alibi(model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="language model of this project and has ALiBi already"):
+        apply_alibi(model)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert is_alibi(export.read_checkpoint_model(CHECKPOINTS["wiki103_tiny"]).model)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_another_position_method_is_no_alibi(method):
+    from fairseq.huggingface.export import to_pretrained
+
+    model = to_pretrained(untrained(method))
+    assert not is_alibi(model)
+    with pytest.raises(ValueError, match=f"has the position method {method}; fairseq-train"):
+        apply_alibi(model)
+
+
+def test_a_schedule_knows_that_it_is_causal(folders):
+    schedule = Alibi(64, 0.5)
+    assert schedule.prepare(load(folders["wiki103_tiny"])) == 0
+    tokens = random_tokens(1, 9)
+    pieces = schedule({"input_ids": tokens, "labels": tokens})["input_ids"]
+    assert torch.equal(pieces[:, 0], tokens[0, :-1:4])
+    assert torch.equal(pieces[:, -1], tokens[0, 4::4])  # Each with the first of the next.
+
+
+def test_an_exported_model_is_saved_without_the_note_for_others(folders, tmp_path):
+    load(folders["wiki103_tiny"]).save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
 
 
 # ---- transformers ----
@@ -199,11 +254,8 @@ def test_the_vocabulary_is_fixed(pair):
         theirs.resize_token_embeddings(10)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("method", METHODS)
-def test_every_position_method_survives(method, tmp_path):
-    from fairseq.huggingface.export import to_pretrained
-
+def untrained(method):
+    """Returns a small model with a position method."""
     shape = (
         "--decoder-layers 2 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 "
         "--decoder-attention-heads 4 --tokens-per-sample 16 --max-target-positions 64"
@@ -213,7 +265,15 @@ def test_every_position_method_survives(method, tmp_path):
     cfg = namespace_to_config(args)
     settings = {"cfg": config_to_dict(cfg), "extensions": extension_fields(cfg), "num_symbols": 99}
     settings = json.loads(json.dumps(settings))
-    exported = export.ExportedModel(settings, export.build_model(settings).eval())
+    return export.ExportedModel(settings, export.build_model(settings).eval())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_every_position_method_survives(method, tmp_path):
+    from fairseq.huggingface.export import to_pretrained
+
+    exported = untrained(method)
     to_pretrained(exported).save_pretrained(tmp_path)
     again = load(tmp_path)
     tokens = random_tokens(2, 20) % 90 + 4
