@@ -14,9 +14,20 @@ from typing import Any
 from fairseq.huggingface.attention import register
 from fairseq.huggingface.requirements import import_transformers
 
-__all__ = ["install"]
+__all__ = ["auto_class", "install"]
 
 _HEADING = "## ALiBi"
+_AUTO_CLASSES = (
+    ("ForCausalLM", "AutoModelForCausalLM"),
+    ("LMHeadModel", "AutoModelForCausalLM"),
+    ("ForMaskedLM", "AutoModelForMaskedLM"),
+    ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+    ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+    ("ForTokenClassification", "AutoModelForTokenClassification"),
+    ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
+    ("ForMultipleChoice", "AutoModelForMultipleChoice"),
+    ("ForPreTraining", "AutoModelForPreTraining"),
+)
 _README = f"""{_HEADING}
 
 This model knows the order of its tokens by ALiBi alone, which its configuration notes under
@@ -24,9 +35,9 @@ This model knows the order of its tokens by ALiBi alone, which its configuration
 
 ```python
 import fairseq.huggingface  # from fairseq-alibi: pip install -e '.[hf]'
-from transformers import AutoModel
+from transformers import AUTO_CLASS
 
-model = AutoModel.from_pretrained("this folder")
+model = AUTO_CLASS.from_pretrained("this folder")
 ```
 
 Without that import, loading stops at an attention implementation that is not known. With another
@@ -79,10 +90,15 @@ def _wrap_save_pretrained(base: Any) -> None:
         from fairseq.huggingface.alibi import is_alibi, settings_of
 
         if is_alibi(self) and settings_of(self) is not None:
-            _write_readme(Path(save_directory) / "README.md")
+            _write_readme(Path(save_directory) / "README.md", auto_class(type(self).__name__))
         return result
 
     base.save_pretrained = save_pretrained
+
+
+def auto_class(kind: str) -> str:
+    """Returns the name of the Auto class that loads a class of models with its head."""
+    return next((auto for end, auto in _AUTO_CLASSES if kind.endswith(end)), "AutoModel")
 
 
 def _restore(model: Any) -> None:
@@ -115,7 +131,8 @@ def _try_out(model: Any) -> None:
         check_alibi(model)
 
 
-def _write_readme(path: Path) -> None:
+def _write_readme(path: Path, auto: str) -> None:
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     if _HEADING not in before:
-        path.write_text(f"{before.rstrip()}\n\n{_README}".lstrip(), encoding="utf-8")
+        text = _README.replace("AUTO_CLASS", auto)
+        path.write_text(f"{before.rstrip()}\n\n{text}".lstrip(), encoding="utf-8")

@@ -79,6 +79,46 @@ def test_the_folder_says_what_it_needs(tmp_path) -> None:
     assert config["attn_implementation"] == "alibi"
 
 
+@pytest.mark.parametrize(
+    ("build", "kind", "auto"),
+    [
+        (gpt2, "GPT2LMHeadModel", "AutoModelForCausalLM"),
+        (gpt2, "GPT2Model", "AutoModel"),
+        (gpt2, "GPT2ForSequenceClassification", "AutoModelForSequenceClassification"),
+        *(
+            pytest.param(bert, f"Bert{head}", f"AutoModel{head}", marks=needs_5)
+            for head in (
+                "ForMaskedLM",
+                "ForMultipleChoice",
+                "ForPreTraining",
+                "ForQuestionAnswering",
+                "ForTokenClassification",
+            )
+        ),
+    ],
+)
+def test_the_folder_names_the_class_that_loads_its_head(build, kind, auto, tmp_path) -> None:
+    model = build(kind)
+    apply_alibi(model)
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert f"from transformers import {auto}\n" in text and f"{auto}.from_pretrained" in text
+    assert type(getattr(transformers, auto).from_pretrained(tmp_path)) is type(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto"),
+    [
+        ("BartForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("BertLMHeadModel", "AutoModelForCausalLM"),
+        ("GPT2DoubleHeadsModel", "AutoModel"),
+    ],
+)
+def test_which_class_loads_which(kind, auto) -> None:
+    assert loading.auto_class(kind) == auto
+
+
 def test_a_model_without_alibi_is_saved_as_ever(tmp_path) -> None:
     gpt2().save_pretrained(tmp_path)
     assert not (tmp_path / "README.md").exists()
