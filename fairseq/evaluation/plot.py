@@ -68,13 +68,11 @@ def plot_extrapolation(
     plt = pyplot()
     every = [curve for of_stride in curves.values() for curve in of_stride]
     looks = _looks_of(every)
-    num_columns = 2 * len(curves)
-    height = _PANEL_HEIGHT + _LEGEND_LINE * math.ceil(len(looks) / num_columns)
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
             1,
             len(curves),
-            figsize=(_PANEL_WIDTH * len(curves), height),
+            figsize=(_PANEL_WIDTH * len(curves), _PANEL_HEIGHT),
             sharey=True,
             squeeze=False,
             layout="constrained",
@@ -87,9 +85,24 @@ def plot_extrapolation(
         if max(means) > _WIDE_RANGE * min(means):
             _use_log_scale(axes[0][0], max(means) / min(means))
         axes[0][0].set_ylabel("perplexity")
-        handles = _one_of_each(axes[0])
-        figure.legend(handles=handles, loc="outside upper left", ncols=num_columns)
+        _add_legend(figure, _one_of_each(axes[0]), most_columns=2 * len(curves))
         _save(plt, figure, path, subtitle)
+
+
+def _add_legend(figure: Any, handles: Sequence[Any], *, most_columns: int) -> None:
+    """Puts a legend above the panels in as many columns as fit, and makes room for it."""
+    width = figure.get_figwidth()
+    for num_columns in range(min(most_columns, len(handles)), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside upper left", ncols=num_columns)
+        figure.set_figheight(_PANEL_HEIGHT + _LEGEND_LINE * math.ceil(len(handles) / num_columns))
+        figure.draw_without_rendering()
+        # Around the legend is as much room as around the panels.
+        needed = legend.get_window_extent().width / figure.dpi + 0.1
+        if needed <= width:
+            return
+        if num_columns > 1:
+            legend.remove()
+    figure.set_figwidth(needed)
 
 
 def _looks_of(curves: Sequence[Curve]) -> dict[str, dict[str, Any]]:
@@ -239,8 +252,9 @@ def plot_by_position(path: Path, lines: Sequence[PositionLine], *, subtitle: str
             _draw_position_panel(axis, [line for line in lines if line.group.label == model])
         for axis in axes.flat[len(models) :]:
             axis.set_visible(False)
-        for axis in axes[-1]:
+        for axis in axes.flat[max(0, len(models) - num_columns) : len(models)]:  # none is below
             axis.set_xlabel("position in the window (tokens seen)")
+            axis.tick_params(axis="x", labelbottom=True)
         for axis in axes[:, 0]:
             axis.set_ylabel("loss (bits per token)")
         _save(plt, figure, path, subtitle)

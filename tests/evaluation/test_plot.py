@@ -117,6 +117,10 @@ def test_models_have_panels_of_their_own(tmp_path, figures):
     plot.plot_by_position(tmp_path / "b.png", lines)
     visible = [axis for axis in figures[0].axes if axis.get_visible()]
     assert len(visible) == 4
+    # Two panels have the empty cells of the second row below them.
+    for axis, has_numbers in zip(visible, (False, True, True, True), strict=True):
+        assert bool(axis.get_xlabel()) == has_numbers
+        assert any(text.get_visible() for text in axis.get_xticklabels()) == has_numbers
 
 
 def test_without_matplotlib(monkeypatch):
@@ -128,3 +132,21 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(ImportError, match=r"pip install 'fairseq-alibi\[plot\]'.*--no-plots"):
         plot.check_matplotlib()
+
+
+@pytest.mark.parametrize("num_models", [2, 6])
+@pytest.mark.parametrize("num_strides", [1, 2])
+@pytest.mark.parametrize("name", ["a", "runs/with/a/long/name/of-its-own", "x" * 150])
+def test_the_legend_is_inside_the_picture(tmp_path, figures, name, num_strides, num_models):
+    infos = [checkpoint(f"{name}{n}.pt", experiment=str(n)) for n in range(num_models)]
+    strides = [{}, {"stride": 8}][:num_strides]
+    rows = [row(info, 64, 9.0, **stride) for info in infos for stride in strides]
+    curves = report.curves_of(report.group_by_seed(infos), rows)
+    plot.plot_extrapolation(tmp_path / "a.png", curves)
+    (figure,) = figures
+    (legend,) = figure.legends
+    around, panels = legend.get_window_extent(), [axis.get_window_extent() for axis in figure.axes]
+    assert len(legend.get_texts()) == num_models
+    assert around.x0 >= 0 and around.x1 <= figure.bbox.width
+    assert max(panel.y1 for panel in panels) < around.y0 and around.y1 <= figure.bbox.height
+    assert all(panel.height > 150 for panel in panels)
