@@ -480,7 +480,11 @@ OF_A_RUN = """
         --ddp-backend --bucket-cap-mb --fix-batches-to-gpus --find-unused-parameters
         --broadcast-buffers --heartbeat-timeout --no-reshard-after-forward --fp32-reduce-scatter
         --cpu-offload --ddp-comm-hook --gradient-as-bucket-view
-        --data-parallel --tensor-parallel-size --sequence-parallel-size
+        --data-parallel
+"""
+# ... among it what fairseq-eval-lm and fairseq-validate heed ...
+OF_SHARING = """
+        --tensor-parallel-size --sequence-parallel-size
         --sequence-parallel-attention --sequence-parallel-layout
 """
 # ... and of where its checkpoints went.
@@ -525,6 +529,7 @@ CAME_ALONG = {
         --min-loss-scale --threshold-loss-scale
         --train-subset --valid-subset --validate-interval --validate-interval-updates
         {OF_A_RUN}
+        {OF_SHARING}
         {OF_CHECKPOINTS}
         --max-target-positions
     """,
@@ -534,6 +539,7 @@ CAME_ALONG = {
         --min-loss-scale --threshold-loss-scale
         --train-subset --valid-subset --validate-interval --validate-interval-updates
         {OF_A_RUN}
+        {OF_SHARING}
         {OF_CHECKPOINTS}
         --gen-subset --num-shards --shard-id --required-batch-size-multiple --dataset-impl
         --log-interval --log-format --no-progress-bar --num-workers --data-buffer-size

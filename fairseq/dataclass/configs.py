@@ -164,7 +164,8 @@ class CommonEvalConfig(FairseqDataclass):
     results_path: str | None = _option(
         None,
         "folder for results",
-        unsupported="fairseq-generate has it; elsewhere the last lines printed are the result",
+        unsupported="fairseq-generate, fairseq-extrapolate and fairseq-diagnose have it; elsewhere "
+        "the last lines printed are the result",
     )
 
 
@@ -446,7 +447,10 @@ class CheckpointConfig(FairseqDataclass):
     )
     checkpoint_suffix: str = _option("", "added to the names of checkpoints")
     checkpoint_shard_count: int = _option(
-        1, "files a checkpoint consists of", unsupported="a checkpoint is one whole file"
+        1,
+        "files a checkpoint consists of",
+        unsupported="a checkpoint is one whole file, or with --use-sharded-state a folder with as "
+        "many parts as processes",
     )
     load_checkpoint_on_all_dp_ranks: bool = _option(
         False, "every worker reads the file itself, rank 0 does not send it"
