@@ -91,5 +91,11 @@ def _check_kind(path: Path) -> None:
         if not _is_zip(path):
             size = path.stat().st_size
             raise ValueError(f"{path} is truncated: it ends after {size:,} bytes; {REMEDY}")
+    elif head[8:10] == b'{"':  # after the length of a safetensors header, the header
+        raise ValueError(
+            f"{path} is a safetensors file; make a checkpoint of its folder: fairseq-export "
+            f"--path {path.parent} --from safetensors --output checkpoint.pt (--from hf if there "
+            "is a config.json)"
+        )
     elif _OLD_MAGIC not in head:
         raise ValueError(f"{path} is no torch file, so no checkpoint; {REMEDY}")

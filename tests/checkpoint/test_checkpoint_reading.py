@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from fairseq.checkpoint.reading import read_checkpoint
@@ -33,6 +34,7 @@ def test_a_folder(tmp_path):
     [
         (b"", "is empty"),
         (b"<html>not found</html>", "is no torch file"),
+        (safetensors.torch.save({"w": torch.ones(2)}), "is a safetensors file.*--from safetensors"),
         (ORIGINAL.read_bytes()[:200_000], "is truncated: it ends after 200,000 bytes"),
     ],
 )
