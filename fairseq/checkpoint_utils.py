@@ -522,7 +522,12 @@ def _build_model(state: dict[str, Any], task: Any, path: str, strict: bool) -> t
     dictionary = getattr(task, "source_dictionary", None)
     if dictionary is not None:
         check_dictionary(state, dictionary, path)
-    model = task.build_model(cfg.model)
+    try:
+        model = task.build_model(cfg.model)
+    except ValueError as error:
+        # As it was raised, so that a defect still shows where it happened.
+        error.args = (f"{path}: {error}",)
+        raise
     try:
         model.load_state_dict(state["model"], strict=strict, model_cfg=cfg.model)
     except RuntimeError as error:

@@ -176,9 +176,11 @@ class LanguageModelingTask(LegacyFairseqTask):
         """Makes the model.
 
         Raises:
-            ValueError: it cannot predict one of the task's targets.
+            ValueError: it is no language model, or cannot predict one of the task's targets.
         """
         model = super().build_model(cfg)
+        if not hasattr(model, "supported_targets"):
+            raise ValueError(_no_language_model(model))
         for target in self.targets:
             if target not in model.supported_targets:
                 raise ValueError(
@@ -407,6 +409,17 @@ def check_document_mask(kind: str | None, cfg: Any, context_window: int = 0) -> 
             "that --document-mask document cannot tell them apart in the "
             f"{context_window} tokens of --context-window; use --sample-break-mode complete or none"
         )
+
+
+def _no_language_model(model: Any) -> str:
+    kind = type(model).__name__
+    if hasattr(model, "encoder"):
+        return (
+            f"this is a translation model ({kind}: encoder and decoder), not a language model; "
+            "fairseq-train, fairseq-validate, fairseq-generate and fairseq-interactive take it, "
+            "with --task translation and data of two languages"
+        )
+    return f"this is a {kind}, not a language model; give one such as --arch transformer_lm"
 
 
 def _not_found(split: str, path: str, folder: str, impl: str | None) -> str:

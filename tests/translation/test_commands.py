@@ -15,7 +15,18 @@ import torch
 from tiny_translation import run_command, write_pairs
 
 from fairseq.logging import metrics
-from fairseq_cli import generate, preprocess, score, train, validate
+from fairseq_cli import (
+    diagnose,
+    doctor,
+    eval_lm,
+    extrapolate,
+    generate,
+    interactive,
+    preprocess,
+    score,
+    train,
+    validate,
+)
 
 MODEL = (
     "--arch transformer_tiny --encoder-attention-heads 4 --decoder-attention-heads 4 --dropout 0 "
@@ -221,3 +232,32 @@ def test_data_of_other_languages_do_not_fit(run, monkeypatch, tmp_path, capsys):
     )
     assert code == 1
     assert "the dictionary of the data has" in capsys.readouterr().err
+
+
+def test_commands_for_language_models_say_what_they_were_given(run, monkeypatch, tmp_path, capsys):
+    text = f"--only-source --srcdict {run}/bin/dict.src.txt --validpref {run}/valid.src"
+    assert run_command(monkeypatch, preprocess, f"{text} --destdir {tmp_path}/lm") == 0
+    path = f"{run}/checkpoints/checkpoint_best.pt"
+    data = f"{tmp_path}/lm --gen-subset valid"
+    every = [
+        (doctor, ""),
+        (doctor, data),
+        (diagnose, data),
+        (eval_lm, data),
+        (generate, f"{data} --task language_modeling"),
+        (interactive, f"{tmp_path}/lm --task language_modeling"),
+        (extrapolate, f"{data} --lengths 8 --results-path {tmp_path}/report"),
+    ]
+    for module, arguments in every:
+        assert run_command(monkeypatch, module, f"{arguments} --path {path} --cpu") == 1
+        told = capsys.readouterr().err
+        assert f"{path}: this is a translation model (TransformerModel: encoder and dec" in told
+        assert "--task translation" in told and len(told.splitlines()) == 1, module
+    code = run_command(
+        monkeypatch,
+        train,
+        f"{tmp_path}/lm --task language_modeling --arch transformer_tiny --optimizer adam",
+        f"--cpu --max-tokens 64 --tokens-per-sample 16 --save-dir {tmp_path}/new",
+    )
+    assert code == 1
+    assert "this is a translation model" in capsys.readouterr().err
