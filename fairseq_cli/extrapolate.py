@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -27,6 +28,7 @@ from fairseq import checkpoint_utils, options, tasks, utils
 from fairseq.data.data_utils import split_paths
 from fairseq.dataclass.arguments import literal_dict
 from fairseq.dataclass.legacy import namespace_to_config
+from fairseq.distributed.fork_server import end_with_parent, start_server
 from fairseq.evaluation import plot, report
 from fairseq.evaluation.by_position import LossByPosition
 from fairseq.evaluation.extrapolation import (
@@ -468,7 +470,7 @@ class _FreshProcesses:
         method = "forkserver" if sys.platform == "linux" else "spawn"
         self._context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
-            self._context.set_forkserver_preload(list(_PRELOADED))
+            start_server(_PRELOADED)
         self._process: Any = None
 
     def __enter__(self) -> _FreshProcesses:
@@ -519,6 +521,9 @@ def _evaluate(sender: Any, args: argparse.Namespace, unscored: int | None) -> No
         args: as of fairseq-eval-lm.
         unscored: id of a target that is not scored.
     """
+    # An interrupted parent ends this process by itself, unless it is still being forked then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     collector = _Collector()
     logging.basicConfig(level=logging.WARNING, handlers=[collector], force=True)
     began = time.perf_counter()
@@ -531,8 +536,6 @@ def _evaluate(sender: Any, args: argparse.Namespace, unscored: int | None) -> No
         result["wall_s"] = time.perf_counter() - began
         result["peak_memory_mib"] = _peak_memory_mib()
         result["by_position"] = losses.to_lists()
-    except KeyboardInterrupt:
-        return
     except torch.cuda.OutOfMemoryError:
         error = "the GPU's memory is too small; give a smaller --max-tokens"
     except (ValueError, OSError) as problem:

@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
+from fairseq.distributed.fork_server import end_with_parent, let_interrupt_in, start_server
 from fairseq.distributed.groups import is_initialized, is_master
 from fairseq.distributed.signals import OrderlyStop
 from fairseq.distributed.workers import WorkerFailure, watch
@@ -187,7 +187,7 @@ def _way_to_start(main: Callable[..., Any]) -> str:
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return "spawn"
-    multiprocessing.set_forkserver_preload([main.__module__])
+    start_server([main.__module__])
     return "forkserver"
 
 
@@ -218,13 +218,14 @@ def _worker(
     payload: bytes,
     errors: Any,
 ) -> None:
-    _end_with_parent()
+    end_with_parent()
     # Else its data loaders would be started the same way, which takes seconds in each epoch.
     multiprocessing.set_start_method(start_method, force=True)
     if log_style:
         logging.basicConfig(stream=sys.stdout, **log_style)
     rank = local_rank
     try:
+        let_interrupt_in()
         import_user_module(Namespace(user_dir=user_dir))
         cfg, main, kwargs = pickle.loads(payload)
         distributed = cfg.distributed_training
@@ -237,19 +238,6 @@ def _worker(
     except Exception as error:
         errors.put(f"worker {rank}: {_describe(error)}")
         raise SystemExit(1) from None
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the one that started the run is gone, even if it was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _describe(error: Exception) -> str:

@@ -348,3 +348,32 @@ def test_without_matplotlib_nothing_is_evaluated(made_up, monkeypatch, tmp_path)
     assert made_up.asked == []
     assert len(sweep(f"{ONE} --no-plots", tmp_path)) == 2
     assert not list(tmp_path.glob("*.png"))
+
+
+INTERRUPTED = """
+import sys
+from fairseq_cli import extrapolate
+extrapolate._PRELOADED = ("presses_ctrl_c", *extrapolate._PRELOADED)
+sys.argv = ["fairseq-extrapolate", *sys.argv[1:]]
+extrapolate.cli_main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked by a server on Linux")
+def test_ctrl_c_while_the_server_imports_is_one_word(start_process, tmp_path):
+    # As on a terminal, the signal reaches every process of the group.
+    (tmp_path / "presses_ctrl_c.py").write_text(
+        "import os, signal\nos.killpg(0, signal.SIGINT)\nprint('went on')\n"
+    )
+    search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    process = start_process(
+        [
+            *(sys.executable, "-c", INTERRUPTED, *shlex.split(ONE)),
+            *("--no-plots", "--cpu", "--results-path", str(tmp_path / "report")),
+        ],
+        cwd=GOLDEN,
+        env={**os.environ, "PYTHONPATH": search},
+    )
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, "interrupted\n")
+    assert "went on" in out

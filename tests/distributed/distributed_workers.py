@@ -243,6 +243,11 @@ def is_killed_on_rank_one(cfg: Any) -> None:
     time.sleep(60)
 
 
+def presses_ctrl_c(cfg: Any) -> None:
+    """What takes no notice of it returns."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def sleeps(cfg: Any) -> None:
     """Tells its process id and waits for a long time."""
     # In one piece: several tell theirs to the same pipe, and print writes the end of a line apart.

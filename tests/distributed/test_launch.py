@@ -117,6 +117,11 @@ def test_a_killed_worker_ends_the_run():
     assert time.monotonic() - started < 30
 
 
+def test_an_interrupted_worker_ends_the_run():
+    with pytest.raises(KeyboardInterrupt):
+        call_main(settings(2), workers.presses_ctrl_c)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_end_when_the_process_that_started_them_is_killed(start_process):
     here = Path(__file__).parent
