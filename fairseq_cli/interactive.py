@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fairseq import options, utils
+from fairseq.data.text_file import decode_lines
 from fairseq.dataclass.legacy import config_to_dict, namespace_to_config
 from fairseq.distributed import utils as distributed_utils
 from fairseq_cli._generation import (
@@ -47,7 +48,8 @@ def main(cfg: Any) -> None:
         cfg: whole configuration.
 
     Raises:
-        ValueError: settings contradict each other, or a line is longer than the model reads.
+        ValueError: settings contradict each other, or a line is not UTF-8 or longer than the model
+            reads.
         FileNotFoundError: a checkpoint or the input is missing.
     """
     set_up_logging()
@@ -65,7 +67,9 @@ def main(cfg: Any) -> None:
     seconds = 0.0
     with _open(cfg.interactive.input) as file:
         first = 0
-        for lines in _buffers(file, buffer_size):
+        path = cfg.interactive.input
+        name = "standard input" if path == "-" else path
+        for lines in _buffers(decode_lines(file, name), buffer_size):
             seconds += _answer(cfg, session, lines, first)
             first += len(lines)
     logger.info(
@@ -86,10 +90,11 @@ def _check(cfg: Any, buffer_size: int) -> None:
 
 
 def _open(path: str) -> Any:
-    if path == "-":
-        sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-        return contextlib.nullcontext(sys.stdin)
-    return open(path, encoding="utf-8")
+    """Returns a context that gives lines as bytes."""
+    if path != "-":
+        return open(path, "rb")
+    # It is None where the caller has closed it: then there is nothing to read.
+    return contextlib.nullcontext(() if sys.stdin is None else sys.stdin.buffer)
 
 
 def _buffers(lines: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 __all__ = [
     "Chunk",
     "check_text_file",
+    "decode_lines",
     "map_chunks",
     "read_chunk",
     "read_lines",
@@ -111,13 +112,44 @@ def read_chunk(chunk: Chunk) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        bad = data[error.start : error.start + 1]
         offset = chunk.start + error.start
+        line = _line_number(chunk.path, offset)
         raise ValueError(
-            f"{chunk.path}: not UTF-8: byte 0x{bad.hex()} at offset {offset}, in line "
-            f"{_line_number(chunk.path, offset)} ({error.reason}); convert the file, for example "
-            "with `iconv -f LATIN1 -t UTF-8`"
+            _not_utf8(chunk.path, error, f"at offset {offset}, in line {line}")
         ) from None
+
+
+def _not_utf8(name: str, error: UnicodeDecodeError, place: str) -> str:
+    bad = error.object[error.start : error.start + 1]
+    return (
+        f"{name}: not UTF-8: byte 0x{bad.hex()} {place} ({error.reason}); convert the text, for "
+        "example with `iconv -f LATIN1 -t UTF-8`"
+    )
+
+
+def decode_lines(file: Iterable[bytes], name: str) -> Iterator[str]:
+    """Yields the lines of what can be read once, such as a pipe, each as soon as it is there.
+
+    Args:
+        file: the lines as bytes, each up to and with its `\\n`.
+        name: what is read, for messages.
+
+    Raises:
+        ValueError: a line is not UTF-8.
+    """
+    number = 1
+    for data in file:
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            number += len(split_lines(data[: error.start].decode("utf-8"))) - 1
+            raise ValueError(_not_utf8(name, error, f"in line {number}")) from None
+        # A lone carriage return ends a line too; what follows the last end is no line.
+        lines = split_lines(text)
+        if not lines[-1]:
+            lines.pop()
+        number += len(lines)
+        yield from lines
 
 
 def _line_number(path: str, offset: int) -> int:

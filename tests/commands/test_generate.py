@@ -39,7 +39,8 @@ def run_interactive(text, *arguments):
     given = [*LM, *arguments]
     parser = options.get_interactive_generation_parser()
     args = options.parse_args_and_arch(parser, given)
-    sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()))
+    given = text if isinstance(text, bytes) else text.encode()
+    sys.stdin = io.TextIOWrapper(io.BytesIO(given))
     try:
         interactive.main(namespace_to_config(args))
     finally:
@@ -148,6 +149,30 @@ def test_interactive_reads_a_file(tmp_path, capsys):
     (tmp_path / "lines.txt").write_text("Vo\nFotdai\n")
     run_interactive("", "--path", GPT, "--max-len-b", "3", "--input", str(tmp_path / "lines.txt"))
     assert list(lines_of(capsys.readouterr().out, "H")) == [0, 1]
+
+
+def test_input_that_is_not_utf_8_is_named(tmp_path, capsys):
+    data = b"Vo\rFotdai\r\n" + "Vo caf\u00e9\n".encode("latin-1")
+    (tmp_path / "latin1.txt").write_bytes(data)
+    arguments = ["--path", GPT, "--max-len-b", "3"]
+    remedy = "convert the text, for example with `iconv -f LATIN1"
+    with pytest.raises(
+        ValueError, match=r"^standard input: not UTF-8: byte 0xe9 in line 3"
+    ) as told:
+        run_interactive(data, *arguments)
+    assert remedy in str(told.value)
+    assert list(lines_of(capsys.readouterr().out, "H")) == [0, 1]
+    with pytest.raises(ValueError, match=r"latin1\.txt: not UTF-8: byte 0xe9 in line 3"):
+        run_interactive("", *arguments, "--input", str(tmp_path / "latin1.txt"))
+
+
+def test_a_closed_standard_input_is_an_empty_one(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(sys, "stdin", None)
+    parser = options.get_interactive_generation_parser()
+    given = options.parse_args_and_arch(parser, [*LM, "--path", GPT])
+    interactive.main(namespace_to_config(given))
+    assert "Total time" in caplog.text
 
 
 def test_pieces_are_joined_and_made(capsys):
