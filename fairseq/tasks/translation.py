@@ -144,7 +144,7 @@ class TranslationTask(LegacyFairseqTask):
         """Makes the task with the dictionaries of its data.
 
         Raises:
-            FileNotFoundError: there is no dictionary.
+            FileNotFoundError: there is no data folder, or no dictionary in it.
             ValueError: no data folder is given, its languages cannot be told, or settings do not
                 go together.
         """
@@ -152,13 +152,15 @@ class TranslationTask(LegacyFairseqTask):
             raise ValueError("no data folder is given; name the folder fairseq-preprocess wrote")
         _check_bleu_options(cfg)
         folder = split_paths(cfg.data)[0]
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(
+                f"{folder}: there is no such folder; give the one that fairseq-preprocess wrote "
+                "(its --destdir)"
+            )
         if cfg.source_lang is None or cfg.target_lang is None:
             found = infer_language_pair(folder)
             if found is None:
-                raise ValueError(
-                    f"{folder}: no file name tells the languages, as train.en-de.en does; give "
-                    "--source-lang and --target-lang"
-                )
+                raise ValueError(_no_languages(folder))
             cfg.source_lang = cfg.source_lang or found[0]
             cfg.target_lang = cfg.target_lang or found[1]
         dictionaries = []
@@ -313,6 +315,18 @@ class TranslationTask(LegacyFairseqTask):
     def target_dictionary(self) -> Dictionary:
         """The dictionary of the target."""
         return self.tgt_dict
+
+
+def _no_languages(folder: str) -> str:
+    if os.path.isfile(os.path.join(folder, "dict.txt")):
+        return (
+            f"{folder} holds data of one text (dict.txt), as language models read it, but this is "
+            "--task translation; give --task language_modeling"
+        )
+    return (
+        f"{folder}: no file name tells the languages, as train.en-de.en does; give --source-lang "
+        "and --target-lang"
+    )
 
 
 def _check_bleu_options(cfg: Any) -> None:

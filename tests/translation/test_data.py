@@ -196,6 +196,11 @@ def test_missing_files_are_named(folder, tmp_path):
         make_task(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"dict\.de\.txt: there is no dictionary"):
         make_task(folder, source_lang="de")
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder; give the one"):
+        make_task(tmp_path / "nowhere")
+    (tmp_path / "dict.txt").write_text("a 1\n")
+    with pytest.raises(ValueError, match=r"\(dict\.txt\), as .*; give --task language_modeling"):
+        make_task(tmp_path)
     assert infer_language_pair(tmp_path) is None
     words = ("a", Words(9)), ("b", Words(9))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
