@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fairseq import utils
 from fairseq.checkpoint import format as layout
 from fairseq.checkpoint.index import is_index, remove_unused
 from fairseq.checkpoint.position_method import PositionMethod, position_method_of
@@ -178,15 +179,7 @@ def verify_checkpoint_directory(save_dir: str | os.PathLike[str]) -> None:
     Raises:
         OSError: they cannot.
     """
-    try:
-        Path(save_dir).mkdir(parents=True, exist_ok=True)
-        probe = Path(save_dir) / "dummy"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            error.errno, f"--save-dir: cannot write there: {error.strerror}", str(save_dir)
-        ) from error
+    utils.make_writable_folder(save_dir, "--save-dir")
 
 
 # ---- resuming ----

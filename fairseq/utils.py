@@ -10,7 +10,9 @@ import functools
 import gc
 import importlib
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ __all__ = [
     "local_part",
     "log_probs_of_targets",
     "log_softmax",
+    "make_writable_folder",
     "move_to_cpu",
     "move_to_cuda",
     "on_host",
@@ -333,6 +336,27 @@ def import_user_module(args: argparse.Namespace | Any) -> None:
     for folder in ("tasks", "models"):
         if (path / folder / "__init__.py").exists():
             importlib.import_module(f"{name}.{folder}")
+
+
+def make_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:
+    """Makes a folder for results, before the work for them, and tests that files can be written.
+
+    Args:
+        path: the folder; it may exist.
+        flag: the option that names it, for the message.
+
+    Raises:
+        OSError: they cannot.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        message = f"{flag}: cannot write there: {error.strerror}"
+        raise OSError(error.errno, message, str(path)) from error
+    return folder
 
 
 def _origin(module: Any) -> Path | None:

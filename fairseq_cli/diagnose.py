@@ -60,12 +60,15 @@ def main(
         ImportError: matplotlib is needed and not there.
         ValueError: settings do not fit, or the model is no transformer language model.
         FileNotFoundError: the checkpoint or the split is missing.
+        OSError: the results cannot be written.
     """
     set_up_logging()
     utils.import_user_module(cfg.common)
     _check_settings(cfg, length, max_batches)
     if cfg.common_eval.results_path is not None and draws:
         check_matplotlib()
+    if cfg.common_eval.results_path is not None:
+        utils.make_writable_folder(cfg.common_eval.results_path, "--results-path")
     path = cfg.common_eval.path
     overrides = literal_dict(cfg.common_eval.model_overrides, "--model-overrides")
     state = checkpoint_utils.load_checkpoint_to_cpu(path, overrides, memory_map=True)
@@ -165,7 +168,6 @@ def _table(diagnosis: Diagnosis) -> str:
 
 
 def _write(folder: Path, described: dict[str, Any], diagnosis: Diagnosis, draws: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     heads = [dataclasses.asdict(head) for head in diagnosis.heads]
     report = {**described, "uniform": diagnosis.uniform, "heads": heads}
     (folder / "heads.json").write_text(json.dumps(report, indent=1) + "\n")

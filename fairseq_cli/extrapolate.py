@@ -153,7 +153,7 @@ class _Sweep:
                 f"{NON_OVERLAPPING}"
             )
         self.impossible = self._beyond_tables(lengths)
-        self.folder = _writable_folder(args.results_path)
+        self.folder = utils.make_writable_folder(args.results_path, "--results-path")
         self.journal = Journal(self.folder / "rows.jsonl")
         data = _data_digest(args)
         self.cells = [
@@ -393,18 +393,6 @@ def _open_checkpoint(path: str, args: argparse.Namespace, task: Any) -> Checkpoi
     state = checkpoint_utils.load_checkpoint_to_cpu(path, overrides, memory_map=True)
     models, _ = checkpoint_utils.load_model_ensemble([path], overrides, task=task, state=state)
     return describe_checkpoint(path, state, models[0])
-
-
-def _writable_folder(name: str) -> Path:
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        report.write_atomically(folder / "report.md", "")
-    except OSError as error:
-        raise OSError(
-            error.errno, f"--results-path: cannot write there: {error.strerror}", name
-        ) from error
-    return folder
 
 
 def _data_digest(args: argparse.Namespace) -> str:

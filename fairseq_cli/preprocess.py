@@ -27,6 +27,7 @@ from fairseq.data.text_encoding import NumberedText, number_text
 from fairseq.data.text_file import check_text_file, map_chunks
 from fairseq.logging.progress_bar import log_to_file
 from fairseq.registry import TASKS
+from fairseq.utils import make_writable_folder
 from fairseq_cli._run import run_command, set_up_logging
 
 __all__ = ["cli_main", "main"]
@@ -231,21 +232,11 @@ def _check_new_dictionary(job: _Job, language: str | None) -> None:
         raise ValueError("--trainpref must be given to make a dictionary, or --srcdict to use one")
 
 
-def _make_folder(destdir: Path) -> None:
-    try:
-        destdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=destdir):
-            pass
-    except OSError as error:
-        message = f"--destdir: cannot write there: {error.strerror}"
-        raise type(error)(error.errno, message, str(destdir)) from None
-
-
 @contextlib.contextmanager
 def _destination(destdir: Path) -> Iterator[Path]:
     """Gives a temporary folder; moves its files to the destination if all went well."""
     existing = next(folder for folder in (destdir, *destdir.parents) if folder.exists())
-    _make_folder(destdir)
+    make_writable_folder(destdir, "--destdir")
     try:
         with tempfile.TemporaryDirectory(prefix=".preprocess-", dir=destdir) as name:
             yield Path(name)

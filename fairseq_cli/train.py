@@ -73,6 +73,7 @@ def main(cfg: Any) -> None:
     _prepare_process(cfg)
     settings = copy.deepcopy(_settings_of_the_run(cfg))
     task, model, criterion = _build(cfg)
+    _check_best_metric(cfg, task, criterion)
     _load_valid_data(cfg, task)
     trainer = Trainer(cfg, task, model, criterion)
     logger.info(f"training on {trainer.data_parallel_world_size} devices (GPUs/TPUs)")
@@ -121,11 +122,14 @@ def _prepare_process(cfg: Any) -> None:
     metrics.reset()
     if cfg.common.log_file is not None:
         progress_bar.log_to_file(cfg.common.log_file)
+    is_master = distributed_utils.is_master(cfg.distributed_training)
+    if is_master and cfg.common.tensorboard_logdir:
+        utils.make_writable_folder(cfg.common.tensorboard_logdir, "--tensorboard-logdir")
     if torch.cuda.is_available() and not cfg.common.cpu:
         torch.cuda.set_device(cfg.distributed_training.device_id)
     np.random.seed(cfg.common.seed)
     utils.set_torch_seed(cfg.common.seed)
-    if distributed_utils.is_master(cfg.distributed_training) and not cfg.checkpoint.no_save:
+    if is_master and not cfg.checkpoint.no_save:
         checkpoint_utils.verify_checkpoint_directory(cfg.checkpoint.save_dir)
 
 
@@ -161,6 +165,18 @@ def _build(cfg: Any) -> tuple[Any, Any, Any]:
         trained = sum(p.numel() for p in params if p.requires_grad)
         logger.info(f"num. {kind} model params: {total:,} (num. trained: {trained:,})")
     return task, model, criterion
+
+
+def _check_best_metric(cfg: Any, task: Any, criterion: Any) -> None:
+    """Refuses BLEU as the figure of merit where it is known that no validation reports it."""
+    is_known = all(type(each).__module__.startswith("fairseq.") for each in (task, criterion))
+    is_asked_for = cfg.checkpoint.best_checkpoint_metric == "bleu"
+    reports_it = getattr(cfg.task, "eval_bleu", False) or cfg.dataset.disable_validation
+    if is_known and is_asked_for and not reports_it:
+        raise ValueError(
+            "--best-checkpoint-metric bleu: validation reports BLEU with --task translation and "
+            "--eval-bleu alone; add these, or choose another figure, such as loss or ppl"
+        )
 
 
 def _as_dict(cfg: Any) -> dict[str, Any]:
@@ -338,6 +354,10 @@ def _train_on(cfg: Any, trainer: Trainer, samples: list[Any], progress: Any) -> 
         metrics.reset_meters("train_inner")
 
 
+class _NoSuchFigure(ValueError):
+    """Validation does not report what checkpoints are to be compared by."""
+
+
 def validate_and_save(
     cfg: Any,
     trainer: Trainer,
@@ -355,7 +375,12 @@ def validate_and_save(
     is_save_due = _is_save_due(cfg, trainer, epoch_itr.epoch, end_of_epoch) or should_stop
     valid_losses: list[float | None] = [None]
     if _is_validation_due(cfg, trainer, epoch_itr.epoch, end_of_epoch, is_save_due, should_stop):
-        valid_losses = validate(cfg, trainer, task, epoch_itr, valid_subsets)
+        try:
+            valid_losses = validate(cfg, trainer, task, epoch_itr, valid_subsets)
+        except _NoSuchFigure:
+            checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+            checkpoint_utils.finish_writing()
+            raise
     should_stop |= should_stop_early(cfg, trainer, valid_losses[0])
     if is_save_due or should_stop:
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, valid_losses[0])
@@ -467,9 +492,9 @@ def _validate_on(cfg: Any, trainer: Trainer, epoch: int, subset: str) -> float:
     progress.print(stats, tag=subset, step=trainer.get_num_updates())
     metric = cfg.checkpoint.best_checkpoint_metric
     if metric not in stats:
-        raise ValueError(
-            f"--best-checkpoint-metric {metric} is not among the validation figures; they are "
-            f"{', '.join(stats)}"
+        raise _NoSuchFigure(
+            f"--best-checkpoint-metric {metric} is not among the validation figures; the same "
+            f"command with one of them goes on from here: {', '.join(stats)}"
         )
     return float(stats[metric])
 

@@ -99,6 +99,14 @@ def test_without_matplotlib_the_remedy_is_told_before_anything_is_computed(
     assert "layer" not in out
 
 
+def test_a_folder_for_results_is_tried_before_anything_is_computed(run, tmp_path):
+    (tmp_path / "file").touch()
+    code, out, err = run(f"{GPT} --results-path {tmp_path}/file/results --no-plots")
+    assert code == 1
+    assert "--results-path: cannot write there: Not a directory" in err
+    assert "layer" not in out
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -33,7 +33,7 @@ def fails(monkeypatch, caplog, capsys, tmp_path, data):
 MESSAGES = {
     "--restore-file nowhere.pt": "nowhere.pt",
     "--max-tokens 8": "--max-tokens 8 is smaller than --tokens-per-sample 16",
-    "--best-checkpoint-metric bleu": "--best-checkpoint-metric bleu",
+    "--best-checkpoint-metric bleu": "--best-checkpoint-metric bleu: validation reports BLEU with",
     "--valid-subset nope": "nope",
     "--finetune-from-model nowhere.pt": "nowhere.pt",
     "--continue-once nowhere.pt": "nowhere.pt",
@@ -46,6 +46,24 @@ def test_one_message_says_what_is_wrong(fails, options):
     assert code == 1
     assert MESSAGES[options] in printed
     assert "Traceback" not in printed
+
+
+def test_an_unknown_figure_of_validation_does_not_cost_the_training(fails, tmp_path):
+    code, printed = fails("--best-checkpoint-metric perplexity")
+    assert code == 1 and len(printed.splitlines()) == 1
+    assert "--best-checkpoint-metric perplexity is not among the validation figures" in printed
+    assert "goes on from here: loss, " in printed
+    saved = torch.load(tmp_path / "ckpt" / "checkpoint_last.pt", weights_only=True)
+    assert saved["optimizer_history"][-1]["num_updates"] == 2
+    assert fails("--best-checkpoint-metric ppl --max-update 3")[0] == 0
+
+
+def test_a_folder_for_events_is_tried_before_the_training(fails, tmp_path):
+    (tmp_path / "file").touch()
+    code, printed = fails(f"--tensorboard-logdir {tmp_path}/file/events")
+    assert code == 1 and len(printed.splitlines()) == 1
+    assert "--tensorboard-logdir: cannot write there: Not a directory" in printed
+    assert not (tmp_path / "ckpt").exists()
 
 
 def test_missing_choices_are_named(fails):
