@@ -64,6 +64,7 @@ def run_command(main: Callable[[], object]) -> None:
 
     `LOGLEVEL=DEBUG` in the environment shows the traceback of every error.
     """
+    _replace_closed_stderr()
     try:
         with _leaving_on_terminate():
             main()
@@ -79,6 +80,20 @@ def run_command(main: Callable[[], object]) -> None:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         _leave(1)
+
+
+def _replace_closed_stderr() -> None:
+    """Lets what is said go nowhere if the caller has closed stderr (`2>&-`).
+
+    Else the next file to be opened, perhaps a checkpoint, would have its number, and what libraries
+    and started processes write to stderr would end up in it.
+    """
+    if sys.stderr is not None:
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere == 2:
+        os.set_inheritable(nowhere, True)
+    sys.stderr = open(nowhere, "w", encoding="utf-8")  # noqa: SIM115  (as long as the process)
 
 
 def start(module: str) -> None:

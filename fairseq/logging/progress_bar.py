@@ -56,7 +56,8 @@ def progress_bar(
         ValueError: unknown format.
     """
     chosen = log_format or default_log_format
-    if chosen == "tqdm" and not sys.stderr.isatty():
+    # It is None where the caller has closed it.
+    if chosen == "tqdm" and (sys.stderr is None or not sys.stderr.isatty()):
         chosen = "simple"
     if chosen not in _FORMATS:
         raise ValueError(f"--log-format {chosen!r} is none of {', '.join(sorted(_FORMATS))}")

@@ -50,6 +50,27 @@ def test_interruption_is_130(capsys):
     assert end_of(interrupted, capsys) == (130, "interrupted\n")
 
 
+def test_a_closed_stderr_is_no_error(tmp_path):
+    # The file that is opened first would be number 2, and what is written there end up in it.
+    code = (
+        "import os, subprocess, sys\n"
+        "from fairseq.logging.progress_bar import progress_bar\n"
+        "from fairseq_cli._run import run_command\n"
+        "def main():\n"
+        "    with open(sys.argv[1], 'w') as file:\n"
+        "        print('noise', file=sys.stderr, flush=True)\n"
+        "        os.write(2, b'noise')\n"
+        "        subprocess.run([sys.executable, '-c', 'import os; os.write(2, b\"noise\")'])\n"
+        "        file.write(' '.join(progress_bar(['all', 'done'])))\n"
+        "    raise FileNotFoundError\n"
+        "run_command(main)"
+    )
+    shell = ["sh", "-c", 'exec "$0" -c "$1" "$2" 2>&-', sys.executable, code, tmp_path / "file"]
+    ended = subprocess.run(shell, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert (tmp_path / "file").read_text() == "all done"
+
+
 def test_success_returns(capsys):
     assert run_command(lambda: 5) is None
 
