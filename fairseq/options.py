@@ -9,13 +9,14 @@ Priority, low to high: dataclass default, preset, settings file (`--config`), co
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fairseq.dataclass.arguments import CommandParser, literal_dict
-from fairseq.dataclass.base import FairseqDataclass
+from fairseq.dataclass.base import FairseqDataclass, is_interpolated
 from fairseq.dataclass.configs import (
     CheckpointConfig,
     CommonConfig,
@@ -35,6 +36,7 @@ from fairseq.registry import (
     MODELS,
     TASKS,
     Registry,
+    close_names,
     nearest_first,
 )
 
@@ -398,7 +400,7 @@ def parse_args(
     if complete is not None:
         complete(_lenient(parser, argv), True)
     if path is not None:
-        check_names(parser, settings, path)
+        check_names(parser, settings, path, lambda flag: _hint(parser, flag))
     args, unknown = parser.parse_known_args(argv)
     if unknown and not parse_known:
         parser.error(_unrecognized(parser, unknown))
@@ -434,10 +436,52 @@ def _unrecognized(parser: CommandParser, unknown: list[str]) -> str:
     for argument in unknown:
         if argument.startswith("--"):
             flag = argument.split("=")[0]
-            near = nearest_first(flag, parser.known_flags())[:3]
-            hints.append(f"{flag} (did you mean one of {', '.join(near)}?)")
+            said = _hint(parser, flag)
+            hints += [f"{flag} ({said})"] if said else []
     tail = "; " + "; ".join(hints) if hints else ""
     return f"unrecognized arguments: {' '.join(unknown)}{tail}"
+
+
+def _hint(parser: CommandParser, flag: str) -> str:
+    """Returns what a flag that a command does not have may be: another's, a slip, or nothing."""
+    owners = _components_with(parser, flag)
+    if owners:
+        return f"an option of {', '.join(owners)}"
+    makers: dict[str, Callable[[], CommandParser]] = {
+        "fairseq-train": get_training_parser,
+        "fairseq-eval-lm": get_eval_lm_parser,
+        "fairseq-generate": get_generation_parser,
+    }
+    for command, make in makers.items():
+        if flag in make().usable_flags():
+            return f"an option of {command}"
+    # Dashes alone resemble each other and would make everything a little closer.
+    names = {known.lstrip("-"): known for known in parser.usable_flags() if known[:2] == "--"}
+    near = [names[name] for name in close_names(flag.lstrip("-"), names)]
+    if not near:
+        return ""
+    return f"did you mean {'one of ' if len(near) > 1 else ''}{', '.join(near)}?"
+
+
+def _components_with(parser: CommandParser, flag: str) -> list[str]:
+    """Returns the choices of this command, such as `--task NAME`, that would add a flag."""
+    field = flag.removeprefix("--").replace("-", "_")
+    found = []
+    for name, registry in {"task": TASKS, **COMPONENT_REGISTRIES}.items():
+        selector = "--" + name.replace("_", "-")
+        if selector in parser.usable_flags():
+            for each in registry:
+                if _has_option(registry.dataclass_of(each), field):
+                    found.append(f"{selector} {each}")
+    return found
+
+
+def _has_option(config: type[FairseqDataclass] | None, name: str) -> bool:
+    for field in dataclasses.fields(config) if config is not None else ():
+        if field.name == name:
+            is_own = not is_interpolated(config.default_of(field))  # type: ignore[union-attr]
+            return is_own and not field.metadata.get("unsupported")
+    return False
 
 
 def _refuse_unsupported_names(parser: CommandParser, args: argparse.Namespace) -> None:

@@ -26,10 +26,16 @@ __all__ = [
     "TOKENIZERS",
     "ArchitectureRegistry",
     "Registry",
+    "close_names",
     "nearest_first",
 ]
 
 T = TypeVar("T")
+
+
+def close_names(name: str, known: Iterable[str]) -> list[str]:
+    """Returns up to three known names that `name` may be a slip of, the closest first."""
+    return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.72)
 
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:

@@ -61,6 +61,37 @@ def test_both_spellings_of_the_launcher_s_rank(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        ("--fp61", " (did you mean --fp16?)"),
+        ("--max-tokns 5", " (did you mean one of --max-tokens, --max-tokens-valid?)"),
+        ("--use-plasma-vieww", ""),  # a flag that would be refused is no remedy
+        ("--xyzzy", ""),
+        ("--eval-bleu", " (an option of --task translation)"),
+        ("--momentm 1", " (did you mean --momentum?)"),
+        ("--context-window 3", " (an option of fairseq-eval-lm)"),
+    ],
+)
+def test_what_an_unknown_flag_may_be(flags, hint, capsys):
+    base = "data --task language_modeling --arch transformer_lm --optimizer nag "
+    told = refused(base + flags, capsys).splitlines()[0]
+    flag = flags.split()[0]
+    expected = f"; {flag}{hint}" if hint else ""
+    assert told.endswith(f"error: unrecognized arguments: {flags}{expected}")
+
+
+def test_a_flag_of_another_task_or_command_is_told_as_that(tmp_path, capsys):
+    told = refused("data --save-dir x", capsys, options.get_eval_lm_parser)
+    assert told.splitlines()[0].endswith("--save-dir (an option of fairseq-train)")
+    told = refused("data --sample-break-mode eos", capsys, options.get_generation_parser)
+    assert "--sample-break-mode (an option of --task language_modeling)" in told
+    settings = tmp_path / "config.yaml"
+    settings.write_text("max_epoch: 3\n")
+    told = refused(f"data --config {settings}", capsys, options.get_eval_lm_parser)
+    assert "sets 'max_epoch', which is no option here (an option of fairseq-train)" in told
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--tpu", "--tpu is not supported"),

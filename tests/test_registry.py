@@ -11,6 +11,7 @@ from fairseq.registry import (
     MODELS,
     TASKS,
     Registry,
+    close_names,
     nearest_first,
 )
 
@@ -66,6 +67,12 @@ def test_an_architecture_belongs_to_a_model():
     assert ARCHITECTURES.model_of("transformer_lm_wiki103") == "transformer_lm"
     with pytest.raises(ValueError, match="unknown model type"):
         ARCHITECTURES.register_preset("no_such_model", "arch_of_it")(lambda args: None)
+
+
+def test_close_names():
+    known = ["--arch", "--max-tokens", "--max-tokens-valid", "--lr"]
+    assert close_names("--max-token", known) == ["--max-tokens", "--max-tokens-valid"]
+    assert close_names("--save-interval", known) == []
 
 
 def test_nearest_first():

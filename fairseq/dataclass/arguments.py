@@ -129,6 +129,11 @@ class CommandParser(argparse.ArgumentParser):
         """Returns every option string of this parser."""
         return list(self._option_string_actions)
 
+    def usable_flags(self) -> list[str]:
+        """Returns the option strings that are not refused as unsupported."""
+        actions = self._option_string_actions
+        return [flag for flag, action in actions.items() if action.dest not in self._unsupported]
+
 
 def _kind_of(hint: Any) -> tuple[Any, Any]:
     """Returns (type, element type) of an annotation; None | X counts as X, a tuple as a list."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fairseq.dataclass.arguments import CommandParser
 from fairseq.dataclass.base import FairseqDataclass, is_interpolated
 from fairseq.dataclass.configs import FairseqConfig
-from fairseq.registry import nearest_first
 
 __all__ = ["expand_config", "read_settings", "resolved_settings", "write_resolved_settings"]
 
@@ -69,13 +68,23 @@ def expand_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any], str |
     return arguments + rest, settings, found.config
 
 
-def check_names(parser: CommandParser, settings: dict[str, Any], path: str) -> None:
-    """Ends the command with exit 2 if the file sets an option the command does not have."""
+def check_names(
+    parser: CommandParser, settings: dict[str, Any], path: str, hint: Callable[[str], str]
+) -> None:
+    """Ends the command with exit 2 if the file sets an option the command does not have.
+
+    Args:
+        parser: the command's.
+        settings: option name -> value.
+        path: the file, for the message.
+        hint: flag that is unknown -> what else can be said of it.
+    """
     known = {flag.lstrip("-").replace("-", "_") for flag in parser.known_flags()} | {"data"}
     for name in settings:
         if name not in known:
-            near = ", ".join(nearest_first(name, known)[:3])
-            parser.error(f"{path} sets {name!r}, which is no option here; nearest are {near}")
+            said = hint("--" + name.replace("_", "-"))
+            tail = f" ({said})" if said else ""
+            parser.error(f"{path} sets {name!r}, which is no option here{tail}")
 
 
 def _as_text(value: Any) -> str:
