@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from tiny import loss_of, rows, tiny_model
+from tiny import loss_of, meet_others, rows, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq.distributed.fsdp import shard_model
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    meet_others(2)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for name in ("ddp", "fsdp2"):
         if name == "ddp":

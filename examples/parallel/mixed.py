@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from tiny import loss_of, rows, tiny_model
+from tiny import loss_of, meet_others, rows, tiny_model
 
 from fairseq.distributed.fsdp import shard_model
 from fairseq.distributed.groups import set_mesh
@@ -18,7 +18,7 @@ from fairseq.model_parallel.tensor_parallel import apply_tensor_parallel
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    meet_others(4)
     mesh = build_mesh(dist.get_world_size(), tensor_parallel_size=2)
     set_mesh(mesh)
     model = tiny_model()

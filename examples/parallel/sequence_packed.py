@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from tiny import meet_others
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -31,7 +32,7 @@ def packed_rows(step: int) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    meet_others(2)
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, bos_token_id=0)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0

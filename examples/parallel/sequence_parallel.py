@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tiny import rows, tiny_model
+from tiny import meet_others, rows, tiny_model
 
 from fairseq.model_parallel.sequence_parallel import SequenceParallelContextManager
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    meet_others(2)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for scheme in ("allgather", "ring", "ulysses"):
         model = tiny_model()

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from fairseq.data import Dictionary
 from fairseq.models.transformer_lm import TransformerLanguageModel
+
+
+def meet_others(number: int) -> None:
+    """Joins the processes that torchrun has started.
+
+    Args:
+        number: of processes, to name in the command if torchrun has not started this one.
+    """
+    if "RANK" not in os.environ:
+        program = sys.argv[0]
+        raise SystemExit(f"start it with: torchrun --nproc-per-node {number} {program}")
+    dist.init_process_group("gloo")
 
 
 def tiny_model() -> nn.Module:

@@ -267,7 +267,10 @@ def register() -> type:
 
 def main() -> None:
     """Runs the harness's own command line with the model in it."""
-    register()
+    try:
+        register()
+    except ImportError as error:
+        raise SystemExit(f"{NAME}: error: {error}") from None
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

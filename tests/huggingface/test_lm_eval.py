@@ -198,6 +198,8 @@ def test_without_the_harness_it_is_said_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(ImportError, match="pip install lm-eval"):
         harness.register()
+    with pytest.raises(SystemExit, match=r"^fairseq-alibi: error: .*pip install lm-eval"):
+        harness.main()
 
 
 TASKS = {
