@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fairseq.dataclass.arguments import CommandParser, literal_dict
+from fairseq.dataclass.arguments import CommandParser, literal_dict, whole_number
 from fairseq.dataclass.base import FairseqDataclass, is_interpolated
 from fairseq.dataclass.configs import (
     CheckpointConfig,
@@ -122,8 +122,10 @@ def get_preprocessing_parser(default_task: str | None = "translation") -> Comman
     add("--thresholdsrc", metavar="N", default=0, type=int, help="rarer source words are unknown")
     add("--tgtdict", metavar="FP", help="target dictionary to use instead of making one")
     add("--srcdict", metavar="FP", help="source dictionary to use instead of making one")
-    add("--nwordstgt", metavar="N", default=-1, type=int, help="most target words to keep")
-    add("--nwordssrc", metavar="N", default=-1, type=int, help="most source words to keep")
+    for side in ("target", "source"):
+        flag = "--nwordstgt" if side == "target" else "--nwordssrc"
+        text = f"most {side} words to keep (default: all, -1)"
+        add(flag, metavar="N", default=-1, type=whole_number(-1), help=text)
     add("--alignfile", metavar="ALIGN", help="alignments, for a dictionary of translations")
     add(
         "--dataset-impl",
@@ -135,7 +137,7 @@ def get_preprocessing_parser(default_task: str | None = "translation") -> Comman
     add("--joined-dictionary", action="store_true", help="one dictionary for both languages")
     add("--only-source", action="store_true", help="only the source side, as for language models")
     add("--padding-factor", metavar="N", default=8, type=int, help="pad the dictionary's size")
-    add("--workers", metavar="N", default=1, type=int, help="number of processes")
+    add("--workers", metavar="N", default=1, type=whole_number(1), help="number of processes")
     add("--dict-only", action="store_true", help="make the dictionary and stop")
     return parser
 

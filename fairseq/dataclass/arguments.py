@@ -13,12 +13,12 @@ import enum
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from fairseq.dataclass.base import MISSING, FairseqDataclass, is_interpolated
 
-__all__ = ["CommandParser", "cast", "fill_dataclass", "literal_dict"]
+__all__ = ["CommandParser", "cast", "fill_dataclass", "literal_dict", "whole_number"]
 
 C = TypeVar("C", bound=FairseqDataclass)
 
@@ -199,6 +199,12 @@ def _number_parser(kind: Any, metadata: Mapping[str, Any]) -> Any:
         _check_range(value, metadata)
         return value
 
+    return parse
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """Returns argparse's check of a whole number that has a smallest value."""
+    parse: Callable[[str], int] = _number_parser(int, {"minimum": minimum})
     return parse
 
 

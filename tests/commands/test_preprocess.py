@@ -352,7 +352,6 @@ def test_a_worker_tells_what_is_wrong_in_one_line(in_golden, tmp_path, workers):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trainpref", "text/train.txt", "--workers", "0"], "--workers 0"),
         (["--testpref", "text/test.txt"], "--trainpref must be given"),
         ([], "--trainpref must be given"),
         (["--srcdict", "bin/main/dict.txt"], "no text is given"),
@@ -395,6 +394,23 @@ def test_a_format_that_is_not_provided_is_a_wrong_command_line(tmp_path):
     )
     assert result.returncode == 2 and "fasta is not supported" in result.stderr
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "0"], "argument --workers: 0 is out of range; it must be at least 1"),
+        (["--nwordssrc", "-5"], "argument --nwordssrc: -5 is out of range; it must be at least -1"),
+        (["--nwordstgt", "-2"], "argument --nwordstgt: -2 is out of range"),
+    ],
+)
+def test_numbers_out_of_range_are_a_wrong_command_line(
+    in_golden, tmp_path, capsys, arguments, message
+):
+    with pytest.raises(SystemExit) as stopped:
+        run("--trainpref", "text", *arguments, "--destdir", tmp_path / "bin")
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
