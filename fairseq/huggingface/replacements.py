@@ -36,8 +36,9 @@ class NoPositions(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Returns a zero, to which embeddings of any shape and dtype can be added."""
         _check_implementation(self.config)
-        given = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-        return torch.zeros((), device=given.device)
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        # Some models give a shape alone; one number on the CPU can be added on any device.
+        return torch.zeros((), device=next((x.device for x in given), "cpu"))
 
 
 class NoRotation(nn.Module):

@@ -48,7 +48,8 @@ def _t5(kind: str, config: str = "T5Config", **settings: Any) -> Any:
 def _like_bart(family: str, **settings: Any) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**_BART, **settings})
-    return getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    head = "MTModel" if family == "Marian" else "ForConditionalGeneration"
+    return getattr(transformers, f"{family}{head}")(config).eval()
 
 
 def _output(model: Any) -> torch.Tensor:
@@ -158,7 +159,7 @@ def test_rounding_is_no_order(dtype) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("cross_attention", [False, True])
-@pytest.mark.parametrize("family", ["Bart", "MBart"])
+@pytest.mark.parametrize("family", ["Bart", "MBart", "Blenderbot", "Marian", "Pegasus"])
 def test_encoders_with_decoders(family, cross_attention, attention) -> None:
     model = _like_bart(family, attn_implementation=attention)
     before = _output(model)
