@@ -21,12 +21,13 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from fairseq.utils import make_writable_folder
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
 
@@ -40,16 +41,6 @@ NEWS = (
 )
 
 METHODS = ("alibi", "sinusoidal")
-
-
-def check_folder(folder: Path) -> None:
-    """Makes the folder of the results, and ends the program if they cannot be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise SystemExit(f"--out: cannot write to {folder}: {error.strerror}") from None
 
 
 def documents_of_python() -> Iterator[tuple[str, str]]:
@@ -227,7 +218,10 @@ def main() -> None:
         options.updates = min(options.updates, 60)
     options.strides = "length" if options.quick else f"length,{options.length}"
     folder = (options.out / ("quick" if options.quick else "full")).resolve()
-    check_folder(folder)
+    try:
+        make_writable_folder(folder, "--out")
+    except OSError as error:
+        raise SystemExit(f"{error.strerror}: {error.filename}") from None
     began = time.monotonic()
     data = prepare(options, folder)
     checkpoints = [train(options, method, data, folder) for method in METHODS]
