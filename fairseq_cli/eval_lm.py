@@ -159,7 +159,7 @@ def _check_document_masks(models: list[torch.nn.Module], cfg_task: Any, window: 
 
 def _longest_row(dataset: Any, block_length: int, context_window: int) -> int:
     """Returns the tokens in the longest row, context included."""
-    block = int(max(dataset.sizes))
+    block = int(max(dataset.sizes, default=0))
     return max(block, min(block, block_length) + context_window)
 
 

@@ -310,6 +310,18 @@ def _build(job: _Job, languages: list[str | None], side: str) -> Dictionary:
         "nwords": getattr(args, f"nwords{side}"),
         "padding_factor": args.padding_factor,
     }
+    dictionary = _counted(job, paths, limits)
+    if len(dictionary) == dictionary.nspecial:
+        raise ValueError(
+            f"no word of {', '.join(paths)} is left for the dictionary; lower "
+            f"--threshold{side} or raise --nwords{side}, if they are given"
+        )
+    return dictionary
+
+
+def _counted(job: _Job, paths: list[str], limits: dict[str, int]) -> Dictionary:
+    """Makes a dictionary of texts; keeps those that are to be encoded as numbers."""
+    args = job.args
     task = _plug_in_task(args)
     if task is not None:
         built: Dictionary = task.build_dictionary(paths, workers=args.workers, **limits)

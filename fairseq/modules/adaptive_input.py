@@ -61,9 +61,9 @@ class AdaptiveInput(nn.Module):
         for band in range(len(self.embeddings)):
             table, projection = self.weights_for_band(band)
             nn.init.normal_(table, mean=0, std=table.size(1) ** -0.5)
-            # In every band, though it stands for padding in the first only: as published models
-            # were drawn.
-            table[self.padding_idx].zero_()
+            # In every band that is as long, though it stands for padding in the first only: as
+            # published models were drawn.
+            table[self.padding_idx : self.padding_idx + 1].zero_()
             nn.init.xavier_uniform_(projection)
 
     def weights_for_band(self, band: int) -> tuple[nn.Parameter, nn.Parameter]:

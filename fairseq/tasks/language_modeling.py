@@ -300,8 +300,8 @@ class LanguageModelingTask(LegacyFairseqTask):
     ) -> list[list[dict[str, Any]]]:
         """Continues the rows of a batch, or scores them.
 
-        Outputs start with a row's own tokens, unless a prefix is given; a start symbol that every
-        row begins with is not repeated.
+        Outputs start with a row's own tokens, unless a prefix is given; a start symbol that a row
+        begins with is not repeated.
 
         Raises:
             NotImplementedError: constraints are given.
@@ -314,9 +314,7 @@ class LanguageModelingTask(LegacyFairseqTask):
         start = dictionary.bos() if self.args.add_bos_token else dictionary.eos()
         source = sample["net_input"]["src_tokens"]
         if prefix_tokens is None and source.nelement():
-            prefix_tokens = source
-            if bool(prefix_tokens[:, 0].eq(start).all()):
-                prefix_tokens = prefix_tokens[:, 1:]
+            prefix_tokens = _without_start(source, start, dictionary.pad())
         found: list[list[dict[str, Any]]] = generator.generate(
             models, sample, prefix_tokens=prefix_tokens, bos_token=start
         )
@@ -409,6 +407,13 @@ def check_document_mask(kind: str | None, cfg: Any, context_window: int = 0) -> 
             "that --document-mask document cannot tell them apart in the "
             f"{context_window} tokens of --context-window; use --sample-break-mode complete or none"
         )
+
+
+def _without_start(rows: torch.Tensor, start: int, pad: int) -> torch.Tensor:
+    """Returns rows (B, T), padded on either side, with padding for the symbols they start with."""
+    first = rows.ne(pad).int().argmax(dim=1, keepdim=True)  # (B, 1)
+    token = rows.gather(1, first)
+    return rows.scatter(1, first, token.masked_fill(token.eq(start), pad))
 
 
 def _no_language_model(model: Any) -> str:

@@ -364,6 +364,17 @@ def test_what_cannot_be_evaluated(fail, command, message):
     assert len(printed.strip().splitlines()) == 1
 
 
+def test_a_split_without_a_block_to_score(fail, tmp_path):
+    (tmp_path / "text").write_text("\n\n\n")
+    dictionary = GOLDEN / "bin/main/dict.txt"
+    arguments = f"--only-source --srcdict {dictionary} --validpref {tmp_path}/text"
+    parser = options.get_preprocessing_parser()
+    preprocess.main(parser.parse_args(f"{arguments} --destdir {tmp_path}/bin".split()))
+    command = WIKI.replace("bin/main", f"{tmp_path}/bin", 1)
+    code, printed = fail(f"{command} --gen-subset valid --sample-break-mode complete_doc")
+    assert code == 1 and "nothing was evaluated" in printed
+
+
 def test_a_name_that_no_setting_has_is_warned_of(run):
     result = run(
         f"{WIKI} --tokens-per-sample 64 --model-overrides \"{{'max_target_position': 9}}\""

@@ -90,6 +90,20 @@ def test_lines_and_their_digits(capsys, caplog):
     )
 
 
+@pytest.mark.parametrize("batch_size", ["3", "16"])
+def test_rows_that_begin_in_the_middle_of_a_line_stand_beside_others(capsys, batch_size):
+    """Some rows start with the end of a line, their start symbol, and some with a word."""
+    arguments = ["--path", GPT, "--beam", "1", "--max-len-b", "8", "--sample-break-mode", "none"]
+    arguments += ["--tokens-per-sample", "30"]
+    found = []
+    for size in ("1", batch_size):
+        run_generate(*arguments, "--batch-size", size)
+        printed = capsys.readouterr().out
+        found.append({row: text for row, [[_, text]] in lines_of(printed, "H").items()})
+    assert found[0] == found[1]
+    assert len(found[0]) > 100
+
+
 def greedy(path, text, new_tokens):
     """Continues a text by full passes, greedily; returns the words and the bits of each."""
     models, _, task = load_model_ensemble_and_task([path], {"data": DATA})

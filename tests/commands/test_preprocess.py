@@ -434,6 +434,16 @@ def test_an_interrupted_run_leaves_nothing(start_process, tmp_path, workers, sig
     assert not (tmp_path / "bin").exists()
 
 
+@pytest.mark.parametrize("limit", ["--nwordssrc 4", "--thresholdsrc 9", ""])
+def test_a_dictionary_without_words_is_refused(tmp_path, limit):
+    text = "one word\n" if limit else "<unk> <unk>\n"
+    path = write(tmp_path / "text.txt", text.encode())
+    arguments = f"--trainpref {path} --destdir {tmp_path}/bin --padding-factor 1 {limit}"
+    with pytest.raises(ValueError, match=r"no word of \S+text.txt is left.*lower --thresholdsrc"):
+        run(*arguments.split())
+    assert not (tmp_path / "bin").exists()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_an_interruption_while_workers_start_is_not_lost(tmp_path):
     text = write(tmp_path / "text.txt", (GOLDEN / "text/train.txt").read_bytes() * 20)

@@ -83,6 +83,14 @@ def test_input_shapes():
     }
 
 
+def test_input_with_a_band_of_one_word():
+    embed = make_input(vocab_size=31, cutoffs=(10, 30))
+    assert [len(embed.weights_for_band(band)[0]) for band in range(3)] == [10, 20, 1]
+    out = embed(torch.tensor([[9, 11, 30]]))
+    # The second word of a band begins as zeros.
+    assert [bool(each.any()) for each in out[0]] == [True, False, True]
+
+
 def test_input_gives_padding_no_gradient():
     module = make_input()
     module(torch.tensor([[1, 1, 11]])).sum().backward()
