@@ -114,7 +114,7 @@ def test_a_killed_worker_ends_the_run():
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="worker 1 was ended by SIGKILL"):
         call_main(settings(2), workers.is_killed_on_rank_one)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 120
 
 
 def test_an_interrupted_worker_ends_the_run():

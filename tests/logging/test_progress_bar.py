@@ -110,12 +110,12 @@ def test_a_folder_for_events_that_cannot_be_written_is_named(tmp_path):
         bar.print({"loss": 1, "num_updates": 7}, tag="valid", step=7)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_closed_stderr_is_no_terminal(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     assert list(progress_bar([1, 2], log_format="tqdm")) == [1, 2]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_events_come_back(tmp_path, caplog):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     bar = progress_bar([0], log_format="none", epoch=1, tensorboard_logdir=str(tmp_path))

@@ -39,4 +39,4 @@ def test_examples_without_torchrun_name_the_command(monkeypatch, name, number):
 def test_the_demo_tries_its_folder_first(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     told = message_of(monkeypatch, "scripts/demo.py", "--out", str(tmp_path / "file"), "--quick")
-    assert told == f"--out: cannot write to {tmp_path / 'file' / 'quick'}: Not a directory"
+    assert told == f"--out: cannot write there: Not a directory: {tmp_path / 'file' / 'quick'}"
