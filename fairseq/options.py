@@ -122,10 +122,9 @@ def get_preprocessing_parser(default_task: str | None = "translation") -> Comman
     add("--thresholdsrc", metavar="N", default=0, type=int, help="rarer source words are unknown")
     add("--tgtdict", metavar="FP", help="target dictionary to use instead of making one")
     add("--srcdict", metavar="FP", help="source dictionary to use instead of making one")
-    for side in ("target", "source"):
-        flag = "--nwordstgt" if side == "target" else "--nwordssrc"
-        text = f"most {side} words to keep (default: all, -1)"
-        add(flag, metavar="N", default=-1, type=whole_number(-1), help=text)
+    limit: dict[str, Any] = {"metavar": "N", "default": -1, "type": whole_number(-1)}
+    add("--nwordstgt", help="most target words to keep (default: all, -1)", **limit)
+    add("--nwordssrc", help="most source words to keep (default: all, -1)", **limit)
     add("--alignfile", metavar="ALIGN", help="alignments, for a dictionary of translations")
     add(
         "--dataset-impl",
@@ -479,9 +478,11 @@ def _components_with(parser: CommandParser, flag: str) -> list[str]:
 
 
 def _has_option(config: type[FairseqDataclass] | None, name: str) -> bool:
-    for field in dataclasses.fields(config) if config is not None else ():
+    if config is None:
+        return False
+    for field in dataclasses.fields(config):
         if field.name == name:
-            is_own = not is_interpolated(config.default_of(field))  # type: ignore[union-attr]
+            is_own = not is_interpolated(config.default_of(field))
             return is_own and not field.metadata.get("unsupported")
     return False
 

@@ -10,9 +10,11 @@ import functools
 import gc
 import importlib
 import math
+import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "apply_to_sample",
+    "end_with_parent",
     "eval_mode",
     "freeze_garbage",
     "get_perplexity",
@@ -357,6 +360,19 @@ def make_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:
         message = f"{flag}: cannot write there: {error.strerror}"
         raise OSError(error.errno, message, str(path)) from error
     return folder
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, even if it was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _origin(module: Any) -> Path | None:

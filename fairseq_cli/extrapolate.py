@@ -28,7 +28,7 @@ from fairseq import checkpoint_utils, options, tasks, utils
 from fairseq.data.data_utils import split_paths
 from fairseq.dataclass.arguments import literal_dict
 from fairseq.dataclass.legacy import namespace_to_config
-from fairseq.distributed.fork_server import end_with_parent, start_server
+from fairseq.distributed.fork_server import start_server
 from fairseq.evaluation import plot, report
 from fairseq.evaluation.by_position import LossByPosition
 from fairseq.evaluation.extrapolation import (
@@ -511,7 +511,7 @@ def _evaluate(sender: Any, args: argparse.Namespace, unscored: int | None) -> No
     """
     # An interrupted parent ends this process by itself, unless it is still being forked then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    utils.end_with_parent()
     collector = _Collector()
     logging.basicConfig(level=logging.WARNING, handlers=[collector], force=True)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The server that forks processes after importing what they need, and what they owe their parent.
+"""The server that forks processes after importing what they need.
 
 A ctrl-C on a terminal reaches every process of a command. It is the parent's to react to it: the
 server, which is busy with imports for its first seconds, takes no notice.
@@ -7,13 +7,11 @@ server, which is busy with imports for its first seconds, takes no notice.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Sequence
 from multiprocessing import forkserver, resource_tracker
 
-__all__ = ["end_with_parent", "let_interrupt_in", "start_server"]
+__all__ = ["let_interrupt_in", "start_server"]
 
 
 def start_server(preloaded: Sequence[str]) -> None:
@@ -35,16 +33,3 @@ def let_interrupt_in() -> None:
     """Lets SIGINT in again, in a process that the server has forked."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, even if it was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()

@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from fairseq.distributed.fork_server import end_with_parent, let_interrupt_in, start_server
+from fairseq.distributed.fork_server import let_interrupt_in, start_server
 from fairseq.distributed.groups import is_initialized, is_master
 from fairseq.distributed.signals import OrderlyStop
 from fairseq.distributed.workers import WorkerFailure, watch
-from fairseq.utils import import_user_module
+from fairseq.utils import end_with_parent, import_user_module
 
 __all__ = ["call_main", "distributed_init", "infer_init_method"]
 
